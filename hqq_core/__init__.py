@@ -1,0 +1,52 @@
+"""Calibration-free quantization of safetensors checkpoints with the half-quadratic (HQQ) solver.
+
+Names are loaded when they are first used, so that importing the package stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hqq_core.checkpoint import Checkpoint as Checkpoint
+    from hqq_core.convert import Manifest as Manifest
+    from hqq_core.convert import ShardResult as ShardResult
+    from hqq_core.convert import finish_checkpoint as finish_checkpoint
+    from hqq_core.convert import quantize_checkpoint as quantize_checkpoint
+    from hqq_core.convert import quantize_shard as quantize_shard
+    from hqq_core.errors import HalfquadError as HalfquadError
+    from hqq_core.formats import FORMATS as FORMATS
+    from hqq_core.plan import Plan as Plan
+    from hqq_core.plan import TensorPlan as TensorPlan
+    from hqq_core.plan import build_plan as build_plan
+    from hqq_core.recipe import Recipe as Recipe
+    from hqq_core.solver import quantize as quantize
+    from hqq_core.spec import QuantSpec as QuantSpec
+    from hqq_core.tensors import QuantizedTensor as QuantizedTensor
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "FORMATS": "formats",
+    "HalfquadError": "errors",
+    "Manifest": "convert",
+    "Plan": "plan",
+    "QuantSpec": "spec",
+    "QuantizedTensor": "tensors",
+    "Recipe": "recipe",
+    "ShardResult": "convert",
+    "TensorPlan": "plan",
+    "build_plan": "plan",
+    "finish_checkpoint": "convert",
+    "quantize": "solver",
+    "quantize_checkpoint": "convert",
+    "quantize_shard": "convert",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,230 @@
+"""Checkpoint: a safetensors folder, read lazily and with distrust.
+
+Headers first, one tensor at a time, by `pread`: neither a mapped file nor a second tensor is ever resident. Nothing is unpickled
+and no code from the folder runs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqq_core.errors import CheckpointError
+from hqq_core.safetensors_file import CHUNK_NBYTES, DTYPES, TensorEntry, read_exactly, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+MAX_JSON_NBYTES = 64_000_000  # the index of a 700B mixture of experts has 10 MB
+MAX_CARRIED_NBYTES = 256_000_000
+MAX_FOLDER_DEPTH = 4
+
+CARRIED = (
+    "*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "*.spm",
+    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+
+Opener = Callable[[Path], int]
+
+
+def open_file(path: Path) -> int:
+    """Open a file for reading, as the default opener does; the service puts its own in its place."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang us
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose headers have been read and agree with each other.
+
+    Parameters
+    ----------
+    folder : Path
+    config : dict
+        Contents of config.json.
+    tensors : dict of str to dict of str to TensorEntry
+        By file name, then by tensor name, in the order of the data.
+    opener : callable
+        Opens a path for reading and returns the descriptor; every byte of the folder passes through it.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, dict[str, TensorEntry]]
+    opener: Opener = field(default=open_file, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, opener: Opener | None = None) -> Checkpoint:
+        """Read config, index and headers of `folder`.
+
+        Raises
+        ------
+        CheckpointError
+            Names the file, with what was got and wanted.
+        """
+        opener = opener or open_file
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder.name}: no such folder")
+        files, weight_map = _weight_files(folder, opener)
+        config = _read_json(folder, CONFIG, opener)
+        _check_not_quantized(config)
+        tensors = {}
+        for name in files:
+            with _opened(folder / name, opener, missing=f"{name}: named by the index, but not in the folder") as file:
+                tensors[name] = read_header(file, name)
+        _check_agreement(tensors, weight_map)
+        return cls(folder, config, tensors, opener)
+
+    @contextmanager
+    def shard(self, name: str) -> Iterator[ShardReader]:
+        """Open one weight file to read tensors from."""
+        with _opened(self.folder / name, self.opener, missing=f"{name}: gone since its header was read") as file:
+            if read_header(file, name) != self.tensors[name]:
+                raise CheckpointError(f"{name}: changed since its header was first read")
+            yield ShardReader(name, file, self.tensors[name])
+
+    def carried_files(self) -> tuple[list[str], list[str]]:
+        """Names of the files to carry over unchanged, and of those left out, both relative, sorted."""
+        carried: list[str] = []
+        left_out: list[str] = []
+        for path in _walk(self.folder, MAX_FOLDER_DEPTH):
+            relative = path.relative_to(self.folder).as_posix()
+            if relative in (CONFIG, INDEX) or relative in self.tensors:
+                continue
+            wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in CARRIED)
+            (carried if wanted and not path.name.endswith(".index.json") else left_out).append(relative)
+        return sorted(carried), sorted(left_out)
+
+    def read_file(self, name: str) -> bytes:
+        """Bytes of a carried file."""
+        with _opened(self.folder / name, self.opener, missing=f"{name}: gone") as file:
+            return _read_all(file, name, MAX_CARRIED_NBYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReader:
+    """One open weight file."""
+
+    name: str
+    file: int
+    entries: dict[str, TensorEntry]
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """One whole tensor in memory of its own."""
+        entry = self.entries[tensor]
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        if entry.nbytes:
+            read_exactly(self.file, memoryview(buffer.numpy().data), entry.begin, self.name)
+        return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def pieces(self, tensor: str) -> Iterator[memoryview]:
+        """One tensor's bytes in pieces of a few MiB; each piece is valid until the next is asked for."""
+        entry = self.entries[tensor]
+        buffer = memoryview(bytearray(min(CHUNK_NBYTES, entry.nbytes)))
+        for begin in range(entry.begin, entry.end, CHUNK_NBYTES):
+            piece = buffer[: min(CHUNK_NBYTES, entry.end - begin)]
+            read_exactly(self.file, piece, begin, self.name)
+            yield piece
+
+
+def _weight_files(folder: Path, opener: Opener) -> tuple[list[str], dict[str, str]]:
+    """Names of the weight files, and the index's map where there is one."""
+    present = sorted(path.name for path in folder.iterdir())
+    if INDEX in present:
+        weight_map = _read_json(folder, INDEX, opener).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{INDEX}: weight_map is {type(weight_map).__name__}: wanted an object with entries")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+                raise CheckpointError(
+                    f"{INDEX}: {tensor!r} is said to be in {name!r}: wanted a plain *.safetensors name"
+                )
+        return sorted(set(weight_map.values())), weight_map
+    weights = [name for name in present if name.endswith(".safetensors")]
+    if SINGLE in weights:
+        return [SINGLE], {}
+    if len(weights) == 1 and _PLAIN_NAME.fullmatch(weights[0]):
+        return weights, {}
+    if weights:
+        raise CheckpointError(f"{len(weights)} safetensors files and no {INDEX}: wanted {SINGLE}, or an index")
+    pickled = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in PICKLED)]
+    if pickled:
+        raise CheckpointError(f"{pickled[0]}: pickled weights are never opened: wanted safetensors")
+    raise CheckpointError(f"no {SINGLE} and no {INDEX} in the folder")
+
+
+def _check_agreement(tensors: dict[str, dict[str, TensorEntry]], weight_map: dict[str, str]) -> None:
+    seen: dict[str, str] = {}
+    for file, entries in tensors.items():
+        for name in entries:
+            if name in seen:
+                raise CheckpointError(f"{file}: tensor {name!r} is in {seen[name]} already")
+            seen[name] = file
+    for name, file in weight_map.items():
+        if seen.get(name) != file:
+            raise CheckpointError(f"{INDEX}: {name!r} is said to be in {file}, which does not hold it")
+
+
+def _check_not_quantized(config: dict[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if config.get(key):
+            method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else config[key]
+            raise CheckpointError(f"{CONFIG}: {key} says {method!r}: wanted weights that are not quantized yet")
+
+
+def _read_json(folder: Path, name: str, opener: Opener) -> dict[str, Any]:
+    with _opened(folder / name, opener, missing=f"no {name} in the folder") as file:
+        raw = _read_all(file, name, MAX_JSON_NBYTES)
+    try:
+        value = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{name}: no JSON text: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name}: a JSON {type(value).__name__}: wanted an object")
+    return value
+
+
+def _read_all(file: int, name: str, limit: int) -> bytes:
+    size = os.fstat(file).st_size
+    if size > limit:
+        raise CheckpointError(f"{name}: {size} bytes: wanted at most {limit}")
+    buffer = bytearray(size)
+    read_exactly(file, memoryview(buffer), 0, name)
+    return bytes(buffer)
+
+
+@contextmanager
+def _opened(path: Path, opener: Opener, missing: str) -> Iterator[int]:
+    try:
+        file = opener(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(missing) from error
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise CheckpointError(f"{path.name}: no regular file")
+        yield file
+    finally:
+        os.close(file)
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    """Files below `folder`, hidden ones and linked folders left out."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if depth > 1:
+                yield from _walk(Path(entry.path), depth - 1)
+        elif entry.is_file():
+            yield Path(entry.path)

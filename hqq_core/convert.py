@@ -1,0 +1,383 @@
+"""The one loop: read a tensor, solve it, write it; then the files that make a folder a checkpoint.
+
+`quantize_shard` and `finish_checkpoint` are the two steps a service runs apart; `quantize_checkpoint` runs them in a row. Each
+may run twice with the same result, and the manifest is written last: its presence means complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqq_core.architectures import Role
+from hqq_core.checkpoint import CONFIG, INDEX, Checkpoint, ShardReader
+from hqq_core.errors import CheckpointError
+from hqq_core.formats import writer_of
+from hqq_core.formats.base import Layout
+from hqq_core.metrics import bits_per_weight, relative_error, sqnr_db
+from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan
+from hqq_core.recipe import Recipe
+from hqq_core.safetensors_file import (
+    TEMPORARY_PREFIX,
+    SafetensorsWriter,
+    read_header,
+    sha256_file,
+    write_file,
+)
+from hqq_core.solver import quantize
+
+REPORT = "halfquad_report.json"
+MANIFEST = "halfquad_manifest.json"
+N_WORST = 5
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactFile:
+    """One written file."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """How well one tensor was quantized."""
+
+    name: str
+    numel: int
+    squared_error: float
+    squared_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What one input shard became."""
+
+    index: int
+    files: tuple[ArtifactFile, ...]
+    tensors: tuple[TensorResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ShardResult:
+        """Build from `to_dict`'s result, also after a trip through JSON."""
+        return cls(
+            fields["index"],
+            tuple(ArtifactFile(**file) for file in fields["files"]),
+            tuple(TensorResult(**tensor) for tensor in fields["tensors"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A finished folder: every file but the manifest itself, and the figures of the whole."""
+
+    files: tuple[ArtifactFile, ...]
+    metrics: dict[str, Any]
+    version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
+        """Build from `to_dict`'s result, also after a trip through JSON."""
+        return cls(tuple(ArtifactFile(**file) for file in fields["files"]), fields["metrics"], fields["version"])
+
+
+def quantize_checkpoint(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Convert the checkpoint in the folder `source` into the new folder `output`.
+
+    Parameters
+    ----------
+    source, output : Path
+        `output` must not exist yet, or be empty. On any error it is left as it was found.
+    recipe : Recipe
+    threads : int, optional
+        Solver threads; default: one per core.
+    progress : callable, optional
+        Gets source bytes done and in total; what it raises stops the work.
+
+    Returns
+    -------
+    Manifest
+    """
+    checkpoint = Checkpoint.open(source)
+    plan = build_plan(checkpoint, recipe)
+    existed = output.exists()
+    if existed and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output.name}: exists and is not empty: wanted a new folder for the result")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        results = []
+        for shard in plan.shards:
+            before = sum(earlier.nbytes_in for earlier in plan.shards[: shard.index])
+            report = (lambda done, before=before: progress(before + done, plan.nbytes_in)) if progress else None
+            results.append(quantize_shard(checkpoint, plan, shard.index, output, threads=threads, progress=report))
+        return finish_checkpoint(checkpoint, plan, results, output)
+    except BaseException:
+        _empty(output, remove=not existed)
+        raise
+
+
+# --- one shard -----------------------------------------------------------------------------------------------------------
+
+
+def quantize_shard(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    index: int,
+    output: Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ShardResult:
+    """Read, solve and write the tensors of one input shard.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    plan : Plan
+    index : int
+        Which of `plan.shards`.
+    output : Path
+        Existing folder. Files appear there whole or not at all.
+    threads : int, optional
+        Solver threads; default: one per core.
+    progress : callable, optional
+        Gets the source bytes done so far; what it raises stops the work.
+
+    Returns
+    -------
+    ShardResult
+
+    Raises
+    ------
+    CheckpointError, TensorError, StorageFullError
+    """
+    shard = plan.shards[index]
+    done = _Counter(progress)
+    files, results = [], []
+    with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead:
+        weights = _read_ahead(reader, shard, ahead)
+        for name, tensors in itertools.groupby(shard.tensors, key=lambda tensor: tensor.file):
+            group = list(tensors)
+            writer = SafetensorsWriter(output / name, [entry for tensor in group for entry in _layout(plan, tensor)])
+            try:
+                for tensor in group:
+                    if tensor.spec is None:
+                        writer.write_pieces(tensor.name, done.counting(reader.pieces(tensor.name)))
+                    else:
+                        results.append(_write_quantized(plan, tensor, next(weights), writer, threads, done))
+                digest = writer.close()
+            except BaseException:
+                writer.discard()
+                raise
+            files.append(ArtifactFile(name, writer.nbytes, digest))
+    return ShardResult(index, tuple(files), tuple(results))
+
+
+def _write_quantized(
+    plan: Plan, tensor: TensorPlan, W: torch.Tensor, writer: SafetensorsWriter, threads: int | None, done: _Counter
+) -> TensorResult:
+    assert tensor.spec is not None
+    quantized = quantize(
+        W, tensor.spec, name=tensor.name, threads=threads, progress=lambda numel: done.add(numel * W.itemsize)
+    )
+    for name, value in writer_of(plan.recipe).encode(tensor.module, quantized).items():
+        writer.write(name, value)
+    return TensorResult(tensor.name, quantized.numel, quantized.squared_error, quantized.squared_norm)
+
+
+def _layout(plan: Plan, tensor: TensorPlan) -> Layout:
+    if tensor.spec is None:
+        return [(tensor.name, tensor.dtype, tensor.shape)]
+    return writer_of(plan.recipe).layout(tensor.module, tensor.shape, tensor.dtype, tensor.spec)
+
+
+def _read_ahead(reader: ShardReader, shard: ShardPlan, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+    """Weights to quantize, in order; the next one is read while this one is solved."""
+    names = [tensor.name for tensor in shard.tensors if tensor.spec]
+    following = pool.submit(reader.read, names[0]) if names else None
+    for name in [*names[1:], None]:
+        assert following is not None
+        weight = following.result()
+        following = pool.submit(reader.read, name) if name else None
+        yield weight
+
+
+class _Counter:
+    """Counts source bytes and reports the sum."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._done = progress, 0
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress:
+            self._progress(self._done)
+
+    def counting(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+        for piece in pieces:
+            yield piece
+            self.add(len(piece))
+
+
+def verify_shard(result: ShardResult, output: Path, *, progress: Progress | None = None) -> None:
+    """Read back what a shard became: headers sound, bytes as they were when written.
+
+    Raises
+    ------
+    CheckpointError
+        Names the file.
+    """
+    done = _Counter(progress)
+    for file in result.files:
+        path = output / file.name
+        if not path.is_file():
+            raise CheckpointError(f"{file.name}: written before, but gone")
+        with path.open("rb") as opened:
+            read_header(opened.fileno(), file.name)
+        digest = sha256_file(path, done.add)
+        if digest != file.sha256:
+            raise CheckpointError(f"{file.name}: sha256 {digest}: wanted {file.sha256}, as when it was written")
+
+
+# --- the whole folder ----------------------------------------------------------------------------------------------------
+
+
+def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], output: Path) -> Manifest:
+    """Write index, config, carried files and report beside the shards, and the manifest last.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    plan : Plan
+    results : list of ShardResult
+        One for each of `plan.shards`, in any order.
+    output : Path
+
+    Returns
+    -------
+    Manifest
+    """
+    results = sorted(results, key=lambda result: result.index)
+    assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
+    written = [file for result in results for file in result.files]
+    metrics = _metrics(plan, results, written)
+    for path in output.glob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink(missing_ok=True)
+    extra = {name: checkpoint.read_file(name) for name in checkpoint.carried_files()[0]}
+    extra[CONFIG] = _json(_config(checkpoint, plan))
+    extra[REPORT] = _json(_report(plan, results, metrics))
+    if len(written) > 1:
+        extra[INDEX] = _json(_index(plan))
+    for name, data in extra.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(output / name, data)
+    files = written + [ArtifactFile(name, len(data), sha256_file(output / name)) for name, data in extra.items()]
+    manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
+    write_file(output / MANIFEST, _json(manifest.to_dict()))
+    return manifest
+
+
+def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The source's config.json with a quantization_config, and without pointers to code in the repository."""
+    quantized = [tensor.module for tensor in plan.tensors if tensor.spec]
+    copied = [tensor.module for tensor in plan.tensors if tensor.spec is None and _may_be_linear(tensor)]
+    settings = writer_of(plan.recipe).quantization_config(plan.spec, quantized, copied)
+    kept = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    return kept | {"quantization_config": settings}
+
+
+def _may_be_linear(tensor: TensorPlan) -> bool:
+    """Whether a reader would take the copied tensor for the weight of a linear layer."""
+    no_linear = (Role.EMBEDDING.value, Role.NORM.value, Role.CONV1D.value)
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.reason not in no_linear
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    weight_map = {name: tensor.file for tensor in plan.tensors for name, _, _ in _layout(plan, tensor)}
+    return {"metadata": {"total_size": plan.nbytes_out}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _metrics(plan: Plan, results: list[ShardResult], written: list[ArtifactFile]) -> dict[str, Any]:
+    """Figures of the whole; the same for the same input, so no times."""
+    tensors = [tensor for result in results for tensor in result.tensors]
+    quantized = [tensor for tensor in plan.tensors if tensor.spec]
+    error, norm = (sum(getattr(tensor, key) for tensor in tensors) for key in ("squared_error", "squared_norm"))
+    worst = sorted(tensors, key=lambda tensor: -relative_error(tensor.squared_error, tensor.squared_norm))[:N_WORST]
+    return {
+        "nbytes_in": plan.nbytes_in,
+        "nbytes_out": sum(file.nbytes for file in written),
+        "tensors_quantized": len(tensors),
+        "tensors_copied": sum(1 for tensor in plan.tensors if tensor.spec is None),
+        "weights_quantized": sum(tensor.numel for tensor in tensors),
+        "bits_per_weight": bits_per_weight(
+            sum(tensor.nbytes_out for tensor in quantized), sum(tensor.numel for tensor in tensors)
+        ),
+        "relative_error": relative_error(error, norm),
+        "worst_tensors": [_errors(tensor) for tensor in worst],
+    }
+
+
+def _errors(tensor: TensorResult) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "relative_error": relative_error(tensor.squared_error, tensor.squared_norm),
+        "sqnr_db": sqnr_db(tensor.squared_error, tensor.squared_norm),
+    }
+
+
+def _report(plan: Plan, results: list[ShardResult], metrics: dict[str, Any]) -> dict[str, Any]:
+    """What became of every tensor, why, and how well."""
+    errors = {tensor.name: _errors(tensor) for result in results for tensor in result.tensors}
+    tensors = [
+        {
+            "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
+            "reason": tensor.reason, "nbytes_in": tensor.nbytes_in, "nbytes_out": tensor.nbytes_out,
+            "spec": tensor.spec.to_dict() if tensor.spec else None,
+            **{key: value for key, value in errors.get(tensor.name, {}).items() if key != "name"},
+        }
+        for tensor in plan.tensors
+    ]  # fmt: skip
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "metrics": metrics,
+        "files_left_out": list(plan.left_out),
+        "tensors": tensors,
+    }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _empty(folder: Path, *, remove: bool) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if remove:
+        folder.rmdir()

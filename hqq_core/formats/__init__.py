@@ -1,0 +1,30 @@
+"""Formats by name. Adding one is a file here, a line below and a section in docs/formats.md."""
+
+from __future__ import annotations
+
+from hqq_core.errors import FormatError
+from hqq_core.formats.base import CheckpointWriter
+from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
+from hqq_core.formats.hqq import HqqWriter
+from hqq_core.recipe import Recipe
+from hqq_core.spec import QuantSpec
+
+FORMATS: dict[str, CheckpointWriter] = {
+    writer.name: writer
+    for writer in (
+        CompressedTensorsWriter(),
+        HqqWriter(),
+    )
+}
+
+
+def check_recipe(recipe: Recipe) -> QuantSpec:
+    """The recipe's settings as its format holds them; a FormatError names the setting that it cannot hold."""
+    return writer_of(recipe).check(recipe)
+
+
+def writer_of(recipe: Recipe) -> CheckpointWriter:
+    """The writer that the recipe names; a FormatError lists those there are."""
+    if recipe.format not in FORMATS:
+        raise FormatError("format", f"format {recipe.format!r}: wanted one of {', '.join(FORMATS)}")
+    return FORMATS[recipe.format]

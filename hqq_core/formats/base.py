@@ -1,0 +1,57 @@
+"""CheckpointWriter: what a format says of itself and how it lays out one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+from hqq_core.architectures import Role
+from hqq_core.errors import FormatError
+from hqq_core.recipe import Recipe
+from hqq_core.spec import QuantSpec, ScaleDtype
+from hqq_core.tensors import QuantizedTensor
+
+Layout = list[tuple[str, str, tuple[int, ...]]]  # (name, safetensors dtype, shape) of each stored tensor
+
+SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+class CheckpointWriter(Protocol):
+    """One output format. It refuses early, and the same input gives the same bytes.
+
+    A writer lays out one weight at a time; `convert` streams the weights through it, so no writer holds a model.
+    """
+
+    name: str
+
+    def check(self, recipe: Recipe) -> QuantSpec:
+        """Settings for this recipe; FormatError names what the format or its readers cannot hold, and which could."""
+
+    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+        """`spec` with scale and zero as stored beside a source of safetensors type `dtype`."""
+
+    def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
+        """Why this tensor cannot be stored quantized, or None."""
+
+    def layout(self, module: str, shape: tuple[int, ...], dtype: str, spec: QuantSpec) -> Layout:
+        """What `encode` will return, known before any work."""
+
+    def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """Tensors to store for the weight of `module`."""
+
+    def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+        """The quantization_config of config.json; `copied` are the linear modules left as they were."""
+
+
+def refuse(writer: CheckpointWriter, field: str, got: object, wanted: str) -> FormatError:
+    """The FormatError for one setting."""
+    return FormatError(field, f"{field} {got!r}: format {writer.name!r} holds {wanted}")
+
+
+def refuse_unless_linear(role: Role) -> str | None:
+    """Both formats so far replace nn.Linear and nothing else."""
+    if role in (Role.LINEAR, Role.HEAD, Role.ROUTER):
+        return None
+    return str(role.value)

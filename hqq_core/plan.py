@@ -1,0 +1,241 @@
+"""build_plan(): what becomes of every tensor, why, and how many bytes it takes, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hqq_core.architectures import Role, role, ties_head
+from hqq_core.checkpoint import SINGLE, Checkpoint
+from hqq_core.errors import CheckpointError, FormatError, SpecError
+from hqq_core.formats import writer_of
+from hqq_core.formats.base import CheckpointWriter
+from hqq_core.recipe import Recipe
+from hqq_core.safetensors_file import DTYPES, TensorEntry, tensor_nbytes
+from hqq_core.solver import SOLVABLE_DTYPES, resolve_group_size
+from hqq_core.spec import QuantSpec
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What becomes of one tensor.
+
+    Parameters
+    ----------
+    name, dtype : str
+        As in the source; dtype in safetensors' words.
+    shape : tuple of int
+    shard, file : str
+        The file it is read from and the one it is written to.
+    spec : QuantSpec or None
+        None: copied unchanged.
+    reason : str
+        Why it is quantized or copied.
+    nbytes_in, nbytes_out : int
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    file: str
+    spec: QuantSpec | None
+    reason: str
+    nbytes_in: int
+    nbytes_out: int
+
+    @property
+    def module(self) -> str:
+        """The module whose weight this is."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The work on one input file."""
+
+    index: int
+    file: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes of tensor data to read."""
+        return sum(tensor.nbytes_in for tensor in self.tensors)
+
+    @property
+    def nbytes_out(self) -> int:
+        """Bytes of tensor data to write."""
+        return sum(tensor.nbytes_out for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole conversion; `shards` are independent of each other."""
+
+    recipe: Recipe
+    spec: QuantSpec
+    shards: tuple[ShardPlan, ...]
+    left_out: tuple[str, ...] = ()
+    version: int = VERSION
+
+    @property
+    def tensors(self) -> Iterator[TensorPlan]:
+        """All tensors, shard by shard."""
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes of tensor data to read."""
+        return sum(shard.nbytes_in for shard in self.shards)
+
+    @property
+    def nbytes_out(self) -> int:
+        """Bytes of tensor data to write."""
+        return sum(shard.nbytes_out for shard in self.shards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        fields = dataclasses.asdict(self)
+        return fields | {"recipe": self.recipe.to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Plan:
+        """Build from `to_dict`'s result, also after a trip through JSON."""
+        if fields["version"] != VERSION:
+            raise CheckpointError(f"plan of version {fields['version']!r}: wanted {VERSION}")
+        return cls(
+            recipe=Recipe.from_dict(fields["recipe"]),
+            spec=QuantSpec.from_dict(fields["spec"]),
+            shards=tuple(_shard_from_dict(shard) for shard in fields["shards"]),
+            left_out=tuple(fields["left_out"]),
+        )
+
+
+def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Decide on every tensor of a checkpoint from its headers alone.
+
+    Raises
+    ------
+    FormatError, SpecError
+        The recipe asks for what the format or this checkpoint cannot give; names the setting.
+    """
+    writer = writer_of(recipe)
+    spec = writer.check(recipe)
+    _check_names(recipe, checkpoint)
+    tensors = [
+        _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
+        for shard, entries in checkpoint.tensors.items()
+        for entry in entries.values()
+    ]
+    if not any(tensor.spec for tensor in tensors):
+        raise CheckpointError(
+            f"none of {len(tensors)} tensors can be quantized: {_commonest(t.reason for t in tensors)}"
+        )
+    tensors = _assign_files(tensors, recipe.max_shard_nbytes)
+    shards = (
+        ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
+        for index, name in enumerate(checkpoint.tensors)
+    )
+    return Plan(recipe, spec, tuple(shards), tuple(checkpoint.carried_files()[1]))
+
+
+def _plan_tensor(
+    entry: TensorEntry, shard: str, checkpoint: Checkpoint, recipe: Recipe, spec: QuantSpec, writer: CheckpointWriter
+) -> TensorPlan:
+    kind = role(entry.name, entry.shape, checkpoint.config)
+    reason = _why_copied(entry, kind, recipe, spec, writer, checkpoint)
+    nbytes = tensor_nbytes(entry.dtype, entry.shape)
+    if reason:
+        return TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", None, reason, nbytes, nbytes)
+    own = writer.tensor_spec(spec, entry.dtype)
+    module = entry.name.rpartition(".")[0]
+    stored = sum(
+        tensor_nbytes(dtype, shape) for _, dtype, shape in writer.layout(module, entry.shape, entry.dtype, own)
+    )
+    return TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", own, kind.value, nbytes, stored)
+
+
+def _why_copied(
+    entry: TensorEntry, kind: Role, recipe: Recipe, spec: QuantSpec, writer: CheckpointWriter, checkpoint: Checkpoint
+) -> str | None:
+    """The reason to copy a tensor, or None; FormatError where the user asked for what cannot be."""
+    module = entry.name.rpartition(".")[0]
+    if _named(module, recipe.skip_modules):
+        return "skip_modules names it"
+    asked = entry.name.endswith(".weight") and _named(module, recipe.include_modules)
+    if not asked and kind is not Role.LINEAR:
+        return str(kind.value)
+    reason = _obstacle(entry, kind, spec, writer)
+    if asked and kind is Role.HEAD and ties_head(checkpoint.config):
+        reason = "tied to the input embedding by config.json"
+    if asked and reason:
+        raise FormatError("include_modules", f"{module}: cannot be quantized: {reason}")
+    return reason
+
+
+def _obstacle(entry: TensorEntry, kind: Role, spec: QuantSpec, writer: CheckpointWriter) -> str | None:
+    """What keeps a tensor from being quantized, whoever asks."""
+    if DTYPES[entry.dtype] not in SOLVABLE_DTYPES:
+        return f"dtype {entry.dtype} is not solved"
+    try:
+        resolve_group_size(entry.shape, spec)
+    except SpecError as error:
+        return str(error)
+    return writer.refusal(kind, entry.shape, spec)
+
+
+def _named(module: str, names: Iterable[str]) -> bool:
+    """Whether `names` has the module's full name or last parts of it."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _check_names(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """A name that matches nothing is a slip of the pen: say so."""
+    modules = {name.rpartition(".")[0] for entries in checkpoint.tensors.values() for name in entries}
+    for field in ("include_modules", "skip_modules"):
+        for name in getattr(recipe, field):
+            if not any(_named(module, [name]) for module in modules):
+                tied = (
+                    " (config.json ties the output head to the input embedding)" if ties_head(checkpoint.config) else ""
+                )
+                raise SpecError(field, f"{field} {name!r}: no such module in the checkpoint{tied}")
+
+
+def _assign_files(tensors: list[TensorPlan], limit: int) -> list[TensorPlan]:
+    """Cut each shard's tensors, in order, into files of at most `limit` bytes, and number all files through."""
+    numbers: list[int] = []
+    current, size, shard = 0, 0, ""
+    for tensor in tensors:
+        if tensor.shard != shard or size + tensor.nbytes_out > limit:
+            current, size, shard = current + 1, 0, tensor.shard
+        size += tensor.nbytes_out
+        numbers.append(current)
+    return [
+        dataclasses.replace(tensor, file=_file_name(number, current))
+        for tensor, number in zip(tensors, numbers, strict=True)
+    ]
+
+
+def _file_name(number: int, total: int) -> str:
+    return SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _commonest(reasons: Iterable[str]) -> str:
+    listed = list(reasons)
+    return max(set(listed), key=listed.count, default="there are none")
+
+
+def _shard_from_dict(fields: dict[str, Any]) -> ShardPlan:
+    return ShardPlan(fields["index"], fields["file"], tuple(_tensor_from_dict(tensor) for tensor in fields["tensors"]))
+
+
+def _tensor_from_dict(fields: dict[str, Any]) -> TensorPlan:
+    spec = fields["spec"]
+    return TensorPlan(
+        **fields | {"shape": tuple(fields["shape"]), "spec": None if spec is None else QuantSpec.from_dict(spec)}
+    )

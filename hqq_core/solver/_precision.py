@@ -1,0 +1,34 @@
+"""What scale and zero are stored as, and how far they may go: one policy for all back-ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StoredType:
+    """A floating type that scales and zeros are stored in.
+
+    Parameters
+    ----------
+    mantissa_bits : int
+        Bits kept of a normal number's significand, the hidden one included.
+    max_scale, min_scale : float
+        Bounds of a stored scale. The lower one keeps six significant bits where the type goes subnormal.
+    max_zero : float
+        The scale of a float-zero group is at least max|w| / max_zero, so that its zero is stored to a unit or better. Where
+        max_scale forbids that, the zero stops at twice this.
+    """
+
+    mantissa_bits: int
+    max_scale: float
+    min_scale: float
+    max_zero: float
+
+
+STORED_TYPES = {
+    "float32": StoredType(24, 2.0**126, 2.0**-126, 2.0**23),
+    "bfloat16": StoredType(8, 2.0**126, 2.0**-126, 2.0**8),
+    "float16": StoredType(11, 65504.0, 2.0**-18, 2.0**11),
+}
+FLOAT16_MIN_NORMAL = 2.0**-14

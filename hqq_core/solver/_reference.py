@@ -1,0 +1,148 @@
+"""The equations as written, float64, all groups at once, slow: the oracle for all other back-ends.
+
+Half-quadratic quantization: H. Badri and A. Shaji, https://mobiusml.github.io/hqq_blog/ (2023), with a joint least-squares step
+for (scale, zero) in place of the zero alone, per-group best, and scale and zero rounded to their stored type in every step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hqq_core.solver._precision import FLOAT16_MIN_NORMAL, STORED_TYPES
+from hqq_core.spec import QuantSpec
+
+Array = NDArray[np.float64]
+
+
+def solve(W: Array, spec: QuantSpec) -> tuple[NDArray[np.uint8], Array, Array]:
+    """Solve every row of W as one group.
+
+    Parameters
+    ----------
+    W : ndarray [shape=(n_groups, group_size)], float64
+        Finite weights.
+    spec : QuantSpec
+
+    Returns
+    -------
+    codes : ndarray [shape=(n_groups, group_size)], uint8
+    scale, zero : ndarray [shape=(n_groups,)], float64
+        Values that `spec.scale_dtype` holds exactly.
+    """
+    W, exponent = normalize(W, spec)
+    scale, zero = minmax(W, exponent, spec)
+    best_scale, best_zero, best = scale, zero, np.full(len(W), np.inf)
+    active = np.ones(len(W), dtype=bool)
+    beta = spec.beta
+    for _ in range(spec.iters + 1):
+        q = encode(W, scale, zero, spec)
+        R = W - scale[:, None] * (q - zero[:, None])
+        objective = np.where(active, (np.abs(R) ** spec.lp_norm).sum(axis=1), np.inf)
+        active = objective < best  # a group that stops improving stops for good
+        best = np.where(active, objective, best)
+        best_scale, best_zero = np.where(active, scale, best_scale), np.where(active, zero, best_zero)
+        target = W - scale[:, None] * shrink(R / scale[:, None], spec.lp_norm, beta)
+        scale, zero = least_squares(q, target, scale, W, exponent, spec)
+        beta *= spec.kappa
+    codes = encode(W, best_scale, best_zero, spec).astype(np.uint8)
+    return codes, np.ldexp(best_scale, exponent), best_zero
+
+
+def normalize(W: Array, spec: QuantSpec) -> tuple[Array, NDArray[np.int32]]:
+    """Scale each group by a power of two to max|w| in [0.5, 1), or less below the smallest scale: squares stay in range."""
+    smallest = int(np.frexp(STORED_TYPES[spec.scale_dtype].min_scale)[1])
+    exponent = np.maximum(np.frexp(np.abs(W).max(axis=1))[1], smallest)
+    return np.ldexp(W, -exponent[:, None]), exponent
+
+
+def minmax(W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> tuple[Array, Array]:
+    """The start: round to nearest between the smallest and the largest weight."""
+    low, high = W.min(axis=1), W.max(axis=1)
+    if spec.zero == "none":
+        above = max(spec.max_code - spec.middle, 0.5)
+        scale = np.maximum(-low / spec.middle, high / above)
+        return round_scale(scale, W, exponent, spec), np.full(len(W), spec.middle)
+    constant = low == high
+    if spec.zero == "int":
+        low, high = np.where(constant, low, np.minimum(low, 0)), np.where(constant, high, np.maximum(high, 0))
+    scale = np.where(constant, np.abs(low), (high - low) / spec.max_code)
+    scale = round_scale(scale, W, exponent, spec)
+    zero = np.where(constant, (low < 0).astype(float), -low / scale)
+    return scale, round_zero(zero, spec)
+
+
+def encode(W: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
+    """Codes q = clip(round(w / s + z), 0, Q)."""
+    return np.clip(np.rint(W / scale[:, None] + zero[:, None]), 0, spec.max_code)
+
+
+def shrink(X: Array, p: float, beta: float) -> Array:
+    """Proximal step of the lp norm on residuals in units of the step: sign(x) max(0, |x| - |x|^(p-1) / beta)."""
+    if p == 2:
+        return np.zeros_like(X)
+    size = np.maximum(np.abs(X), 1e-12)
+    return np.sign(X) * np.maximum(0, size - size ** (p - 1) / beta)
+
+
+def least_squares(
+    q: Array, target: Array, scale: Array, W: Array, exponent: NDArray[np.int32], spec: QuantSpec
+) -> tuple[Array, Array]:
+    """The (scale, zero) of spec's zero mode that fits `target` best for these codes."""
+    n = q.shape[1]
+    sum_q, sum_qq, sum_t, sum_qt = q.sum(1), (q * q).sum(1), target.sum(1), (q * target).sum(1)
+    if spec.zero == "none":
+        zero = np.full(len(q), spec.middle)
+        return _fixed_zero(sum_q, sum_qq, sum_t, sum_qt, n, zero, scale, W, exponent, spec)[:2]
+    var, cov = sum_qq - sum_q**2 / n, sum_qt - sum_q * sum_t / n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        joint = np.where(var > 0, cov / var, scale)
+    joint = round_scale(joint, W, exponent, spec)
+    zero = sum_q / n - sum_t / n / joint
+    if spec.zero == "float":
+        return joint, round_zero(zero, spec)
+    below = np.clip(np.floor(zero), 0, spec.max_code)
+    above = np.clip(below + 1, 0, spec.max_code)
+    scale_below, _, gain_below = _fixed_zero(sum_q, sum_qq, sum_t, sum_qt, n, below, scale, W, exponent, spec)
+    scale_above, _, gain_above = _fixed_zero(sum_q, sum_qq, sum_t, sum_qt, n, above, scale, W, exponent, spec)
+    take_above = gain_above > gain_below
+    return np.where(take_above, scale_above, scale_below), np.where(take_above, above, below)
+
+
+def _fixed_zero(
+    sum_q: Array, sum_qq: Array, sum_t: Array, sum_qt: Array, n: int, zero: Array, scale: Array, W: Array,
+    exponent: NDArray[np.int32], spec: QuantSpec,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Least-squares scale for a given zero, and how much of the target's square it explains."""
+    cross = sum_qt - zero * sum_t
+    square = sum_qq - 2 * zero * sum_q + n * zero**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fitted = round_scale(np.where(square > 0, cross / square, scale), W, exponent, spec)
+    return fitted, zero, fitted * (2 * cross - fitted * square)
+
+
+def round_scale(scale: Array, W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> Array:
+    """Clamp to what the stored type holds and round to it; `scale` is in normalized units, the type is not."""
+    stored = STORED_TYPES[spec.scale_dtype]
+    floor = np.abs(W).max(axis=1) / stored.max_zero if spec.zero == "float" else 0.0
+    absolute = np.ldexp(np.maximum(scale, floor), exponent)
+    absolute = np.clip(absolute, stored.min_scale, stored.max_scale)
+    return np.ldexp(round_stored(absolute, spec.scale_dtype), -exponent)
+
+
+def round_zero(zero: Array, spec: QuantSpec) -> Array:
+    """Round to a whole code (int) or to the stored type (float)."""
+    if spec.zero == "int":
+        return np.clip(np.rint(zero), 0, spec.max_code)
+    limit = 2 * STORED_TYPES[spec.scale_dtype].max_zero
+    return round_stored(np.clip(zero, -limit, limit), spec.scale_dtype)
+
+
+def round_stored(x: Array, dtype: str) -> Array:
+    """Round float64 to the nearest value that `dtype` holds, ties to even."""
+    bits = STORED_TYPES[dtype].mantissa_bits
+    exponent = np.frexp(x)[1]
+    if dtype == "float16":
+        exponent = np.maximum(exponent, int(np.log2(FLOAT16_MIN_NORMAL)) + 1)
+    rounded: Array = np.ldexp(np.rint(np.ldexp(x, bits - exponent)), exponent - bits)
+    return rounded

@@ -1,0 +1,122 @@
+"""QuantSpec: how one tensor is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from hqq_core.errors import SpecError
+
+ZeroMode = Literal["float", "int", "none"]
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
+
+NBITS = (1, 2, 3, 4, 5, 6, 8)
+ZERO_MODES: tuple[str, ...] = get_args(ZeroMode)
+SCALE_DTYPES: tuple[str, ...] = get_args(ScaleDtype)
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Settings of one tensor's quantization; an invalid one cannot exist.
+
+    Parameters
+    ----------
+    nbits : int
+        Bits per code: 1, 2, 3, 4, 5, 6 or 8.
+    group_size : int or None
+        Weights that share one (scale, zero); None takes the whole channel.
+    axis : int
+        1 groups consecutive inputs of one output row; 0 groups strided rows of one input column, as `hqq` does.
+    zero : {"float", "int", "none"}
+        Real zero (HQQ), integer zero point inside the code range, or a fixed middle (symmetric).
+    scale_dtype : {"float32", "float16", "bfloat16"}
+        What scale and zero are stored as; they are rounded to it before the codes are chosen.
+    iters : int
+        Least-squares steps after the min-max start; 0 is round to nearest.
+    lp_norm : float
+        Norm p of the objective sum |w - s(q - z)|^p, 0 < p <= 2. At 2 the shrinkage step is the identity.
+    beta, kappa : float
+        Half-quadratic penalty, in units of the step, and its growth per iteration; used where p < 2.
+
+    Raises
+    ------
+    SpecError
+        Names the field, what was got and what was wanted.
+
+    Examples
+    --------
+    >>> QuantSpec(nbits=3).levels
+    8
+    """
+
+    nbits: int = 4
+    group_size: int | None = 64
+    axis: int = 1
+    zero: ZeroMode = "float"
+    scale_dtype: ScaleDtype = "float16"
+    iters: int = 10
+    lp_norm: float = 2.0
+    beta: float = 10.0
+    kappa: float = 1.01
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        require("nbits", self.nbits, self.nbits in NBITS and _is_int(self.nbits), f"one of {NBITS}")
+        sized = self.group_size is None or (_is_int(self.group_size) and self.group_size >= 1)
+        require("group_size", self.group_size, sized, "a positive integer, or null for the whole channel")
+        require("axis", self.axis, _is_int(self.axis) and self.axis in (0, 1), "0 or 1")
+        require("zero", self.zero, self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
+        require("scale_dtype", self.scale_dtype, self.scale_dtype in SCALE_DTYPES, f"one of {SCALE_DTYPES}")
+        require("iters", self.iters, _is_int(self.iters) and 0 <= self.iters <= 1000, "an integer from 0 to 1000")
+        require("lp_norm", self.lp_norm, _is_real(self.lp_norm) and 0 < self.lp_norm <= 2, "above 0 and at most 2")
+        require("beta", self.beta, _is_real(self.beta) and 0 < self.beta < 1e6, "a positive number")
+        require("kappa", self.kappa, _is_real(self.kappa) and 1 <= self.kappa <= 10, "from 1 to 10")
+        require("version", self.version, self.version == VERSION, f"{VERSION}, the only one so far")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, 2 ** nbits."""
+        return 1 << self.nbits
+
+    @property
+    def max_code(self) -> int:
+        """Largest code Q = 2 ** nbits - 1."""
+        return self.levels - 1
+
+    @property
+    def middle(self) -> float:
+        """The zero of symmetric mode: 2 ** (nbits - 1), as signed integers have it; 0.5 at one bit, for +-scale/2."""
+        return 0.5 if self.nbits == 1 else float(1 << (self.nbits - 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> QuantSpec:
+        """Build from `to_dict`'s result; an unknown field is a SpecError."""
+        return cls(**known_fields(cls, fields))
+
+
+def known_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return `fields` if the dataclass `cls` has them all, else raise a SpecError naming the first stranger."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in fields:
+        require(name, fields[name], name in names, f"no such setting; there are {', '.join(sorted(names))}")
+    return fields
+
+
+def require(field: str, got: object, ok: bool, wanted: str) -> None:
+    """Raise a SpecError for `field` unless `ok`."""
+    if not ok:
+        raise SpecError(field, f"{field} {got!r}: wanted {wanted}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

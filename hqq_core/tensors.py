@@ -1,0 +1,59 @@
+"""QuantizedTensor: codes, scale and zero of one tensor, and what they stand for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hqq_core.spec import QuantSpec
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """One quantized weight: W ~ (W_q - zero) * scale by group along `spec.axis`.
+
+    Parameters
+    ----------
+    W_q : Tensor [shape=(n_groups, group_size) for axis 1, (group_size, n_groups) for axis 0], uint8
+        Codes in 0 .. 2 ** nbits - 1, grouped as `hqq` groups them.
+    scale, zero : Tensor [shape=(n_groups, 1) for axis 1, (1, n_groups) for axis 0], spec.scale_dtype
+        Step and offset. With `spec.zero` "int" the zero is a whole number of 0 .. Q, with "none" `spec.middle`.
+    shape : tuple of int
+        Shape of the original W.
+    dtype : torch.dtype
+        Type of the original W, which a reader computes in.
+    spec : QuantSpec
+    squared_error, squared_norm : float
+        ||W - dequantized||^2 and ||W||^2, from the float32 residuals of the solve.
+    """
+
+    W_q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: QuantSpec
+    squared_error: float
+    squared_norm: float
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W as a reader sees it: (W_q - zero) * scale, all arithmetic in `dtype` (default: the original's).
+
+        Examples
+        --------
+        >>> from hqq_core import QuantSpec, quantize
+        >>> quantize(torch.ones(2, 64), QuantSpec()).dequantize().unique().tolist()
+        [1.0]
+        """
+        dtype = dtype or self.dtype
+        W_r = (self.W_q.to(dtype) - self.zero.to(dtype)) * self.scale.to(dtype)
+        return W_r.reshape(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
