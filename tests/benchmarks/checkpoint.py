@@ -1,0 +1,124 @@
+"""A whole synthetic checkpoint: peak memory, and wall time over the time to only read and rewrite the same bytes.
+
+python -m tests.benchmarks.checkpoint [--gigabytes 4 8] [--format hqq]
+Each run is a process of its own; needs twice the largest size on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
+from hqq_core.safetensors_file import CHUNK_NBYTES, SafetensorsWriter
+
+SHARD_NBYTES = 256_000_000
+HIDDEN, FEED_FORWARD = 2048, 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(RUNS[arguments.run](Path.cwd(), arguments.format)))
+        return
+    print(f"{arguments.format}, 4 bit, group 64, {os.cpu_count()} cores; source in the page cache for both sides")
+    print(f"{'source':>14} {'result':>8} {'peak MB':>8} {'convert s':>10} {'rewrite s':>10} {'ratio':>6} {'GB/s':>5}")
+    for gigabytes in arguments.gigabytes:
+        with tempfile.TemporaryDirectory(prefix="halfquad-bench-") as folder:
+            n_shards = build(Path(folder) / "source", gigabytes * 1_000_000_000)
+            rewrite = run("rewrite", folder, arguments.format)
+            convert = run("convert", folder, arguments.format)
+            print(
+                f"{convert['nbytes_in'] / 1e9:>5.2f} GB / {n_shards:>3} {convert['nbytes_out'] / 1e9:>5.2f} GB "
+                f"{convert['peak'] / 1e6:>8.0f} {convert['seconds']:>10.1f} {rewrite['seconds']:>10.1f} "
+                f"{convert['seconds'] / rewrite['seconds']:>6.2f} {convert['nbytes_in'] / 1e9 / convert['seconds']:>5.2f}"
+            )
+
+
+def run(name: str, folder: str, format: str) -> dict:
+    command = [sys.executable, "-m", "tests.benchmarks.checkpoint", "--run", name, "--format", format]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return json.loads(subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True).stdout)
+
+
+def convert(folder: Path, format: str) -> dict:
+    """The conversion, as `halfquad quantize` does it."""
+    start = time.perf_counter()
+    manifest = quantize_checkpoint(folder / "source", folder / "out", Recipe(format=format, nbits=4, group_size=64))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    shutil.rmtree(folder / "out")
+    sizes = {key: manifest.metrics[key] for key in ("nbytes_in", "nbytes_out")}
+    return {"seconds": seconds, "peak": peak, **sizes}
+
+
+def rewrite(folder: Path, format: str) -> dict:
+    """Only read the source, and write, sync and hash as many bytes as the result has: the floor."""
+    plan = build_plan(Checkpoint.open(folder / "source"), Recipe(format=format, nbits=4, group_size=64))
+    (folder / "copy").mkdir()
+    start = time.perf_counter()
+    buffer = memoryview(bytearray(CHUNK_NBYTES))
+    for shard in plan.shards:
+        with (folder / "source" / shard.file).open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+        writer = SafetensorsWriter(folder / "copy" / shard.file, [("bytes", "U8", (shard.nbytes_out,))])
+        sizes = (min(CHUNK_NBYTES, shard.nbytes_out - at) for at in range(0, shard.nbytes_out, CHUNK_NBYTES))
+        writer.write_pieces("bytes", (buffer[:size] for size in sizes))
+        writer.close()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder / "copy")
+    return {"seconds": seconds}
+
+
+RUNS = {"convert": convert, "rewrite": rewrite}
+
+
+def build(folder: Path, nbytes: int) -> int:
+    """Write shards of Llama-like layers, each of its own random weights; returns how many."""
+    folder.mkdir()
+    layer_nbytes = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FEED_FORWARD)
+    layers_per_shard = SHARD_NBYTES // layer_nbytes
+    n_shards = round(nbytes / (layers_per_shard * layer_nbytes))
+    weight_map = {}
+    for i in range(n_shards):
+        file = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
+        shapes = {
+            f"model.layers.{layer}.{module}.weight": shape
+            for layer in range(i * layers_per_shard, (i + 1) * layers_per_shard)
+            for module, shape in SHAPES.items()
+        }
+        writer = SafetensorsWriter(folder / file, [(name, "BF16", shape) for name, shape in shapes.items()])
+        generator = torch.Generator().manual_seed(i)
+        for name, shape in shapes.items():
+            writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
+        writer.close()
+        weight_map |= dict.fromkeys(shapes, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return n_shards
+
+
+SHAPES = {
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (FEED_FORWARD, HIDDEN) for name in ("gate", "up")},
+    "mlp.down_proj": (HIDDEN, FEED_FORWARD),
+}
+
+
+if __name__ == "__main__":
+    main()

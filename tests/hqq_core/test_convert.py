@@ -1,0 +1,182 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hqq_core import Checkpoint, Recipe, build_plan, finish_checkpoint, quantize_checkpoint, quantize_shard
+from hqq_core.convert import MANIFEST, Manifest, ShardResult, verify_shard
+from hqq_core.errors import Cancelled, CheckpointError, StorageFullError, TensorError
+from hqq_core.safetensors_file import sha256_file
+from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
+from tests.oracles import stored_tensors
+
+FORMATS = ["hqq", "compressed-tensors"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_same_input_same_bytes_for_any_threads_and_any_order_of_shards(tmp_path, name):
+    source = save_llama(tmp_path / "m", layers=3, n_shards=3)
+    quantize_checkpoint(source, tmp_path / "one", Recipe(format=name), threads=1)
+    quantize_checkpoint(source, tmp_path / "two", Recipe(format=name), threads=2)
+    (tmp_path / "backwards").mkdir()
+    checkpoint = Checkpoint.open(source)
+    plan = build_plan(checkpoint, Recipe(format=name))
+    results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards") for i in (2, 0, 1)]
+    results.append(quantize_shard(checkpoint, plan, results.pop(1).index, tmp_path / "backwards"))  # one of them twice
+    finish_checkpoint(checkpoint, plan, results, tmp_path / "backwards")
+    one = folder_bytes(tmp_path / "one")
+    assert one == folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "backwards")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_are_known_before_the_work(tmp_path, name):
+    source = save_llama(tmp_path / "m", n_shards=2)
+    plan = build_plan(Checkpoint.open(source), Recipe(format=name))
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format=name))
+    stored = stored_tensors(tmp_path / "out")
+    assert plan.nbytes_out == sum(tensor.nbytes for tensor in stored.values())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == plan.nbytes_out
+    assert set(index["weight_map"]) == set(stored)
+    for tensor, file in index["weight_map"].items():
+        assert tensor in load_file(tmp_path / "out" / file)
+
+
+def test_copied_tensors_are_the_same_bytes(tmp_path):
+    source = save_llama(tmp_path / "m")
+    quantize_checkpoint(source, tmp_path / "out", Recipe())
+    stored, original = stored_tensors(tmp_path / "out"), llama_tensors()
+    copied = [name for name in original if name in stored]
+    assert "model.embed_tokens.weight" in copied
+    assert all(torch.equal(stored[name], original[name]) for name in copied)
+
+
+def test_the_manifest_names_every_file_with_its_hash(tmp_path):
+    source = save_llama(tmp_path / "m", n_shards=2)
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    manifest = quantize_checkpoint(source, tmp_path / "out", Recipe())
+    on_disk = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {file.name for file in manifest.files} | {MANIFEST} == on_disk
+    assert "tokenizer.json" in on_disk
+    for file in manifest.files:
+        path = tmp_path / "out" / file.name
+        assert (path.stat().st_size, sha256_file(path)) == (file.nbytes, file.sha256)
+    assert Manifest.from_dict(json.loads((tmp_path / "out" / MANIFEST).read_text())) == manifest
+
+
+def test_the_report_gives_reason_and_error_of_each_tensor(tmp_path):
+    quantize_checkpoint(save_llama(tmp_path / "m"), tmp_path / "out", Recipe(format="hqq", nbits=3))
+    report = json.loads((tmp_path / "out" / "halfquad_report.json").read_text())
+    by_name = {tensor["name"]: tensor for tensor in report["tensors"]}
+    assert 0.1 < by_name["model.layers.0.mlp.up_proj.weight"]["relative_error"] < 0.25
+    assert by_name["model.layers.0.mlp.up_proj.weight"]["spec"]["nbits"] == 3
+    assert "relative_error" not in by_name["lm_head.weight"]
+    assert report["metrics"]["worst_tensors"][0]["relative_error"] == max(
+        tensor.get("relative_error", 0) for tensor in report["tensors"]
+    )
+
+
+def test_pointers_to_code_do_not_come_along(tmp_path):
+    config = llama_config() | {"auto_map": {"AutoModelForCausalLM": "modeling_x.Evil"}}
+    source = save_checkpoint(tmp_path / "m", llama_tensors(), config)
+    (source / "modeling_x.py").write_text("raise SystemExit")
+    quantize_checkpoint(source, tmp_path / "out", Recipe())
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not (tmp_path / "out" / "modeling_x.py").exists()
+    report = json.loads((tmp_path / "out" / "halfquad_report.json").read_text())
+    assert report["files_left_out"] == ["modeling_x.py"]
+
+
+def test_copied_linear_layers_are_on_the_ignore_list(tmp_path):
+    quantize_checkpoint(
+        save_llama(tmp_path / "m"), tmp_path / "out", Recipe(skip_modules=["model.layers.0.self_attn.q_proj"])
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head", "model.layers.0.self_attn.q_proj"]
+
+
+def nan_checkpoint(folder):
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    return save_checkpoint(folder, tensors, llama_config(), n_shards=2)
+
+
+def test_nan_weights_fail_by_name_and_leave_nothing(tmp_path):
+    source = nan_checkpoint(tmp_path / "m")
+    with pytest.raises(
+        TensorError, match=r"model.layers.1.mlp.up_proj.weight: 1 NaN and 0 infinite among 12288 weights"
+    ):
+        quantize_checkpoint(source, tmp_path / "out", Recipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
+    source = save_llama(tmp_path / "m")
+    (tmp_path / "out").mkdir()
+    with full_disk(30_000), pytest.raises(StorageFullError, match=r"model.safetensors: no room left"):
+        quantize_checkpoint(source, tmp_path / "out", Recipe())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="out: exists and is not empty"):
+        quantize_checkpoint(save_llama(tmp_path / "m"), tmp_path / "out", Recipe())
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_stopping_leaves_nothing_half_written(tmp_path):
+    checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
+    plan = build_plan(checkpoint, Recipe())
+    seen = []
+
+    def progress(nbytes: int) -> None:
+        seen.append(nbytes)
+        if nbytes > plan.nbytes_in // 2:
+            raise Cancelled("enough")
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Cancelled):
+        quantize_shard(checkpoint, plan, 0, tmp_path / "out", progress=progress)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert seen == sorted(seen)
+
+
+def test_progress_ends_at_the_size_of_the_source(tmp_path):
+    seen = []
+    source = save_llama(tmp_path / "m", n_shards=2)
+    quantize_checkpoint(source, tmp_path / "out", Recipe(), progress=lambda done, total: seen.append((done, total)))
+    total = build_plan(Checkpoint.open(source), Recipe()).nbytes_in
+    assert seen[-1] == (total, total)
+
+
+def test_verify_notices_one_flipped_byte(tmp_path):
+    checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
+    plan = build_plan(checkpoint, Recipe())
+    (tmp_path / "out").mkdir()
+    result = ShardResult.from_dict(
+        json.loads(json.dumps(quantize_shard(checkpoint, plan, 0, tmp_path / "out").to_dict()))
+    )
+    verify_shard(result, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: sha256 .*: wanted"):
+        verify_shard(result, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: written before, but gone"):
+        verify_shard(result, tmp_path / "out")
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, hqq_core; from hqq_core import QuantSpec; "
+        "print([name for name in ('torch','numba','transformers','fastapi','celery','sqlalchemy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

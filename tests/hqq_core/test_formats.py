@@ -1,0 +1,108 @@
+"""Each format against its own library: what that reads equals what we solved, to the last stored bit."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hqq_core import Checkpoint, QuantSpec, Recipe, build_plan, quantize, quantize_checkpoint
+from hqq_core.formats import FORMATS
+from hqq_core.safetensors_file import DTYPES, NAMES
+from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
+from tests.oracles import compressed_tensors_weights, hqq_layers
+
+
+class WriterContract:
+    """What every format must keep; a subclass names it and the settings it holds."""
+
+    name: str
+    recipes: tuple[Recipe, ...]
+
+    def read(self, folder, dtype) -> dict[str, torch.Tensor]:
+        """Dequantized weights by module, as the format's own reader has them."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def writer(self):
+        return FORMATS[self.name]
+
+    def test_layout_tells_what_encode_returns(self, writer):
+        for recipe in self.recipes:
+            for shape in ((64, 128), (128, 256)):
+                spec = writer.tensor_spec(writer.check(recipe), "BF16")
+                quantized = quantize(torch.randn(shape).bfloat16(), spec)
+                encoded = writer.encode("m", quantized)
+                told = {name: (dtype, shape) for name, dtype, shape in writer.layout("m", shape, "BF16", spec)}
+                assert {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in encoded.items()} == told
+
+    @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+    def test_the_reader_sees_what_was_solved(self, tmp_path, dtype):
+        torch_dtype = DTYPES[dtype]
+        tensors = llama_tensors(layers=1, dtype=torch_dtype)
+        source = save_checkpoint(tmp_path / "m", tensors, llama_config(1))
+        for i, recipe in enumerate(self.recipes):
+            quantize_checkpoint(source, tmp_path / str(i), recipe)
+            read = self.read(tmp_path / str(i), torch_dtype)
+            planned = [tensor for tensor in build_plan(Checkpoint.open(source), recipe).tensors if tensor.spec]
+            assert {tensor.module for tensor in planned} == set(read)
+            for tensor in planned:
+                solved = quantize(tensors[tensor.name], tensor.spec).dequantize()
+                assert torch.equal(read[tensor.module], solved), (tensor.name, recipe)
+
+    def test_codes_scales_and_zeros_follow_the_spec(self, writer):
+        for recipe in self.recipes:
+            spec = writer.check(recipe)
+            assert isinstance(spec, QuantSpec)
+            assert (spec.nbits, spec.axis) == (recipe.nbits, recipe.axis)
+
+
+class TestHqq(WriterContract):
+    name = "hqq"
+    recipes = (
+        *(Recipe(format="hqq", nbits=nbits) for nbits in (1, 2, 3, 4, 5, 6, 8)),
+        *(Recipe(format="hqq", nbits=nbits, axis=0, group_size=64) for nbits in (2, 3, 4)),
+        Recipe(format="hqq", nbits=4, group_size=None),
+        Recipe(format="hqq", nbits=3, group_size=8),
+        Recipe(format="hqq", nbits=4, zero="int"),
+        Recipe(format="hqq", nbits=4, zero="none"),
+    )
+
+    def read(self, folder, dtype):
+        return {module: layer.dequantize() for module, layer in hqq_layers(folder, dtype).items()}
+
+    def test_rows_that_do_not_fill_a_byte_are_copied_with_the_reason(self, tmp_path):
+        tensors = llama_tensors(1) | {"model.layers.0.self_attn.k_proj.weight": torch.ones(3, 64, dtype=torch.bfloat16)}
+        plan = build_plan(
+            Checkpoint.open(save_checkpoint(tmp_path / "m", tensors, llama_config(1))), Recipe(format="hqq")
+        )
+        odd = next(tensor for tensor in plan.tensors if "k_proj" in tensor.name)
+        assert odd.reason == "3 rows of groups do not fill bytes of 2 codes"
+
+
+class TestCompressedTensors(WriterContract):
+    name = "compressed-tensors"
+    recipes = (Recipe(group_size=32), Recipe(group_size=64))
+
+    def read(self, folder, dtype):
+        return compressed_tensors_weights(folder)
+
+    def test_transformers_loads_it(self, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        source = save_llama(tmp_path / "m")
+        quantize_checkpoint(source, tmp_path / "out", Recipe(skip_modules=["model.layers.0.mlp.up_proj"]))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        read = compressed_tensors_weights(tmp_path / "out")
+        state = model.state_dict()
+        assert all(torch.equal(state[f"{module}.weight"], weight) for module, weight in read.items())
+        original = llama_tensors()["model.layers.0.mlp.up_proj.weight"]
+        assert torch.equal(state["model.layers.0.mlp.up_proj.weight"], original)
+
+    def test_zero_points_are_solved_as_integers(self):
+        writer = FORMATS[self.name]
+        spec = writer.tensor_spec(writer.check(Recipe()), "BF16")
+        W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+        solved = quantize(W, spec)
+        real = quantize(W, dataclasses.replace(spec, zero="float"))
+        rounded = (real.W_q - real.zero.float().round().clamp(0, 15)) * real.scale.float()
+        assert solved.squared_error < (rounded.view(W.shape) - W.float()).square().sum()

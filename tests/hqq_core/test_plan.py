@@ -1,0 +1,129 @@
+import json
+
+import pytest
+import torch
+
+from hqq_core import Checkpoint, Plan, Recipe, build_plan
+from hqq_core.architectures import Role, role
+from hqq_core.errors import CheckpointError, FormatError, SpecError
+from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
+
+
+def plan_of(folder, **settings) -> Plan:
+    return build_plan(Checkpoint.open(folder), Recipe(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (64, 64), Role.LINEAR),
+        ("model.layers.0.self_attn.q_proj.bias", (64,), Role.VECTOR),
+        ("model.embed_tokens.weight", (320, 64), Role.EMBEDDING),
+        ("transformer.wte.weight", (320, 64), Role.EMBEDDING),
+        ("embeddings.position_embeddings.weight", (512, 64), Role.EMBEDDING),
+        ("shared.weight", (320, 64), Role.EMBEDDING),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), Role.EMBEDDING),
+        ("lm_head.weight", (320, 64), Role.HEAD),
+        ("embed_out.weight", (320, 64), Role.HEAD),
+        ("cls.predictions.decoder.weight", (320, 64), Role.HEAD),
+        ("model.layers.1.mlp.gate.weight", (8, 64), Role.ROUTER),
+        ("model.layers.1.block_sparse_moe.gate.weight", (8, 64), Role.ROUTER),
+        ("model.layers.1.mlp.gate_proj.weight", (64, 64), Role.LINEAR),
+        ("model.layers.1.mlp.shared_expert_gate.weight", (1, 64), Role.ROUTER),
+        ("model.layers.1.mlp.experts.3.up_proj.weight", (64, 64), Role.LINEAR),
+        ("model.layers.1.mlp.experts.gate_up_proj", (8, 64, 64), Role.FUSED),
+        ("model.layers.0.input_layernorm.weight", (64,), Role.VECTOR),
+        ("layers.0.norm.weight", (2, 64), Role.NORM),
+        ("model.layers.0.mamba.A_log", (64, 16), Role.OTHER),
+        ("encoder.layer.0.attention.self.query.weight", (64, 64), Role.LINEAR),
+        ("h.0.attn.c_attn.weight", (64, 192), Role.LINEAR),
+    ],
+)
+def test_role_is_told_from_name_and_shape(name, shape, expected):
+    assert role(name, shape, {"model_type": "llama"}) is expected
+
+
+def test_conv1d_of_gpt2_is_known():
+    assert role("h.0.attn.c_attn.weight", (64, 192), {"model_type": "gpt2"}) is Role.CONV1D
+
+
+def test_plan_says_what_becomes_of_every_tensor_and_why(tmp_path):
+    plan = plan_of(save_llama(tmp_path / "m", layers=1), format="hqq")
+    reasons = {tensor.name: (tensor.spec is not None, tensor.reason) for tensor in plan.tensors}
+    assert reasons["model.layers.0.mlp.up_proj.weight"] == (True, "linear layer")
+    assert reasons["lm_head.weight"] == (False, "output head: errors here meet the logits directly")
+    assert reasons["model.embed_tokens.weight"] == (False, "embedding: looked up, not multiplied")
+    assert reasons["model.norm.weight"] == (False, "bias, gain or other vector")
+    assert all(tensor.nbytes_out == tensor.nbytes_in for tensor in plan.tensors if tensor.spec is None)
+
+
+def test_plan_survives_json(tmp_path):
+    plan = plan_of(save_llama(tmp_path / "m", n_shards=3), skip_modules=["down_proj"])
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_skip_and_include_take_full_names_and_last_parts(tmp_path):
+    folder = save_llama(tmp_path / "m")
+    plan = plan_of(
+        folder,
+        format="hqq",
+        include_modules=["lm_head"],
+        skip_modules=["mlp.down_proj", "model.layers.1.self_attn.q_proj"],
+    )
+    reasons = {tensor.name: tensor.reason for tensor in plan.tensors if tensor.spec is None and len(tensor.shape) == 2}
+    assert set(reasons) == {
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    }
+    assert reasons["model.layers.0.mlp.down_proj.weight"] == "skip_modules names it"
+
+
+@pytest.mark.parametrize("field", ["include_modules", "skip_modules"])
+def test_a_name_that_matches_nothing_is_an_error(tmp_path, field):
+    with pytest.raises(SpecError, match=f"{field} 'lm_hed': no such module") as caught:
+        plan_of(save_llama(tmp_path / "m"), **{field: ["lm_hed"]})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "norm"])
+def test_what_a_format_cannot_hold_is_refused_when_asked_for(tmp_path, module):
+    with pytest.raises(FormatError, match=f"{module}: cannot be quantized"):
+        plan_of(save_llama(tmp_path / "m"), include_modules=[module])
+
+
+def test_a_tied_head_is_not_quantized(tmp_path):
+    folder = save_checkpoint(tmp_path / "m", llama_tensors(1), llama_config(1) | {"tie_word_embeddings": True})
+    with pytest.raises(FormatError, match="lm_head: cannot be quantized: tied to the input embedding"):
+        plan_of(folder, include_modules=["lm_head"])
+
+
+def test_shapes_that_the_group_size_does_not_cut_are_copied_with_the_reason(tmp_path):
+    tensors = llama_tensors(1) | {"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 65, dtype=torch.bfloat16)}
+    plan = plan_of(save_checkpoint(tmp_path / "m", tensors, llama_config(1)))
+    odd = next(tensor for tensor in plan.tensors if "q_proj" in tensor.name)
+    assert odd.spec is None
+    assert odd.reason == "group_size 64 does not divide 65 (axis 1 of (64, 65))"
+
+
+def test_integers_and_doubles_are_copied_with_the_reason(tmp_path):
+    tensors = llama_tensors(1) | {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 64, dtype=torch.float64)}
+    plan = plan_of(save_checkpoint(tmp_path / "m", tensors, llama_config(1)))
+    assert next(tensor for tensor in plan.tensors if "up_proj" in tensor.name).reason == "dtype F64 is not solved"
+
+
+def test_a_checkpoint_with_nothing_to_quantize_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="none of 21 tensors can be quantized: group_size 128 does not divide 64"):
+        plan_of(save_llama(tmp_path / "m"), format="hqq", group_size=128, skip_modules=["down_proj"])
+
+
+def test_every_tensor_is_in_one_file_no_larger_than_the_limit(tmp_path):
+    plan = plan_of(save_llama(tmp_path / "m", layers=3, n_shards=2), max_shard_nbytes=20_000)
+    sizes: dict[str, list[int]] = {}
+    for tensor in plan.tensors:
+        sizes.setdefault(tensor.file, []).append(tensor.nbytes_out)
+    total = len(sizes)
+    assert total > 4
+    assert sorted(sizes) == [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    assert all(sum(parts) <= 20_000 or len(parts) == 1 for parts in sizes.values())

@@ -1,0 +1,83 @@
+"""Real models through other people's loaders: SmolLM2-135M and MiniLM, from their packages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hqq_core import Checkpoint, Recipe, build_plan, quantize, quantize_checkpoint
+from hqq_core.errors import CheckpointError
+from hqq_core.evaluate import compare, generate, load_model, tokenize
+from tests.models import cached, english
+from tests.oracles import compressed_tensors_weights, hqq_layers
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return cached("smollm2-135m")
+
+
+def solved(source: Path, recipe: Recipe):
+    """Our own dequantized weights, by module."""
+    checkpoint = Checkpoint.open(source)
+    for shard in build_plan(checkpoint, recipe).shards:
+        with checkpoint.shard(shard.file) as reader:
+            for tensor in shard.tensors:
+                if tensor.spec:
+                    yield tensor.module, quantize(reader.read(tensor.name), tensor.spec).dequantize()
+
+
+def test_compressed_tensors_in_transformers(smollm2, tmp_path):
+    recipe = Recipe(format="compressed-tensors", nbits=4, group_size=64)
+    manifest = quantize_checkpoint(smollm2, tmp_path / "out", recipe)
+    assert manifest.metrics["tensors_quantized"] == 210
+    assert manifest.metrics["bits_per_weight"] < 4.32
+    model = load_model(tmp_path / "out")
+    state, library = model.state_dict(), compressed_tensors_weights(tmp_path / "out")
+    for module, weight in solved(smollm2, recipe):
+        assert torch.equal(weight, library[module]), module
+        assert torch.equal(weight.float(), state[f"{module}.weight"]), module
+    comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))
+    assert comparison.kl < 0.45
+    assert comparison.perplexity < 1.5 * comparison.source_perplexity
+    assert "Paris" in generate(model, smollm2, PROMPT, n_tokens=8)
+
+
+def test_hqq_in_the_hqq_library(smollm2, tmp_path):
+    recipe = Recipe(format="hqq", nbits=4, group_size=64)
+    quantize_checkpoint(smollm2, tmp_path / "out", recipe)
+    layers = hqq_layers(tmp_path / "out", torch.bfloat16)
+    assert len(layers) == 210
+    for module, weight in solved(smollm2, recipe):
+        assert torch.equal(weight, layers[module].dequantize()), module
+    model = load_model(smollm2)
+    for module, layer in hqq_layers(tmp_path / "out", torch.float32).items():
+        model.set_submodule(module, layer)
+    comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))
+    assert comparison.kl < 0.45
+    assert "Paris" in generate(model, smollm2, PROMPT, n_tokens=8)
+
+
+def test_transformers_5_is_kept_from_loading_hqq_with_random_weights(tmp_path, smollm2):
+    quantize_checkpoint(smollm2, tmp_path / "out", Recipe(format="hqq", nbits=2))
+    with pytest.raises(CheckpointError, match="format 'hqq' is read by the hqq library"):
+        load_model(tmp_path / "out")
+
+
+def test_sentence_embeddings_keep_their_direction(tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    source = cached("minilm-l6")
+    manifest = quantize_checkpoint(source, tmp_path / "out", Recipe(nbits=4, group_size=32))
+    assert manifest.metrics["tensors_quantized"] == 37
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    sentences = english().split("\n\n")[:16]
+    inputs = tokenizer(sentences, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        one, other = (
+            AutoModel.from_pretrained(folder)(**inputs).last_hidden_state.mean(1)
+            for folder in (source, tmp_path / "out")
+        )
+    assert torch.cosine_similarity(one, other).mean() > 0.95

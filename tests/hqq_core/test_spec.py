@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from hqq_core import QuantSpec, Recipe
+from hqq_core.errors import FormatError, SpecError
+from hqq_core.formats import FORMATS, check_recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("nbits", 7), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("group_size", 0), ("group_size", 64.0), ("axis", 2),
+        ("axis", True), ("zero", "real"), ("scale_dtype", "float64"), ("iters", -1), ("lp_norm", 0), ("lp_norm", 2.5),
+        ("beta", 0), ("kappa", 0.5), ("version", 2),
+    ],
+)  # fmt: skip
+def test_spec_rejects_what_cannot_exist_and_names_the_field(field, value):
+    with pytest.raises(SpecError, match=field) as caught:
+        QuantSpec(**{field: value})
+    assert caught.value.field == field
+    assert caught.value.code == "invalid_setting"
+
+
+def test_spec_survives_json():
+    spec = QuantSpec(nbits=3, group_size=None, zero="int", lp_norm=0.7)
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize("cls", [QuantSpec, Recipe])
+def test_from_dict_rejects_unknown_fields(cls):
+    with pytest.raises(SpecError, match="nbit 4: wanted no such setting") as caught:
+        cls.from_dict({"nbit": 4})
+    assert caught.value.field == "nbit"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("nbits", 9), ("zero", "x"), ("include_modules", "lm_head"), ("skip_modules", [""]), ("max_shard_nbytes", 1)],
+)
+def test_recipe_rejects_what_cannot_exist(field, value):
+    with pytest.raises(SpecError, match=field):
+        Recipe(**{field: value})
+
+
+def test_recipe_survives_json():
+    recipe = Recipe(format="hqq", nbits=2, include_modules=["lm_head"])
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        (Recipe(format="gguf-typo"), "format"),
+        (Recipe(format="compressed-tensors", nbits=3), "nbits"),
+        (Recipe(format="compressed-tensors", group_size=48), "group_size"),
+        (Recipe(format="compressed-tensors", group_size=None), "group_size"),
+        (Recipe(format="compressed-tensors", axis=0), "axis"),
+        (Recipe(format="compressed-tensors", zero="float"), "zero"),
+        (Recipe(format="hqq", group_size=12), "group_size"),
+    ],
+)
+def test_formats_refuse_early_and_name_the_setting(recipe, field):
+    with pytest.raises(FormatError) as caught:
+        check_recipe(recipe)
+    assert caught.value.field == field
+
+
+def test_each_format_has_its_own_zero():
+    assert {name: check_recipe(Recipe(format=name)).zero for name in FORMATS} == {
+        "compressed-tensors": "int",
+        "hqq": "float",
+    }
