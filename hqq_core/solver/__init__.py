@@ -155,7 +155,7 @@ def _solve_tile(
         W, contiguous, scale, zero,
         {"float": _numba.FLOAT, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
         float(spec.max_code), spec.middle,
-        {"float32": _numba.FLOAT32, "float16": _numba.FLOAT16, "bfloat16": _numba.BFLOAT16}[spec.scale_dtype],
+        _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,
         spec.iters, float(spec.lp_norm), float(spec.beta), float(spec.kappa),
     )  # fmt: skip

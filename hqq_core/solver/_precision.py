@@ -18,17 +18,19 @@ class StoredType:
     max_zero : float
         The scale of a float-zero group is at least max|w| / max_zero, so that its zero is stored to a unit or better. Where
         max_scale forbids that, the zero stops at twice this.
+    subnormal_below : float
+        Smallest normal number where the type's range is narrower than float32's, else 0.
     """
 
     mantissa_bits: int
     max_scale: float
     min_scale: float
     max_zero: float
+    subnormal_below: float
 
 
 STORED_TYPES = {
-    "float32": StoredType(24, 2.0**126, 2.0**-126, 2.0**23),
-    "bfloat16": StoredType(8, 2.0**126, 2.0**-126, 2.0**8),
-    "float16": StoredType(11, 65504.0, 2.0**-18, 2.0**11),
+    "float32": StoredType(24, 2.0**126, 2.0**-126, 2.0**23, 0.0),
+    "bfloat16": StoredType(8, 2.0**126, 2.0**-126, 2.0**8, 0.0),
+    "float16": StoredType(11, 65504.0, 2.0**-18, 2.0**11, 2.0**-14),
 }
-FLOAT16_MIN_NORMAL = 2.0**-14

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hqq_core.solver._precision import FLOAT16_MIN_NORMAL, STORED_TYPES
+from hqq_core.solver._precision import STORED_TYPES
 from hqq_core.spec import QuantSpec
 
 Array = NDArray[np.float64]
@@ -140,9 +140,9 @@ def round_zero(zero: Array, spec: QuantSpec) -> Array:
 
 def round_stored(x: Array, dtype: str) -> Array:
     """Round float64 to the nearest value that `dtype` holds, ties to even."""
-    bits = STORED_TYPES[dtype].mantissa_bits
-    exponent = np.frexp(x)[1]
-    if dtype == "float16":
-        exponent = np.maximum(exponent, int(np.log2(FLOAT16_MIN_NORMAL)) + 1)
+    stored = STORED_TYPES[dtype]
+    bits, exponent = stored.mantissa_bits, np.frexp(x)[1]
+    if stored.subnormal_below:
+        exponent = np.maximum(exponent, np.frexp(stored.subnormal_below)[1])
     rounded: Array = np.ldexp(np.rint(np.ldexp(x, bits - exponent)), exponent - bits)
     return rounded
