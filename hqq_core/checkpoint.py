@@ -46,27 +46,30 @@ def open_file(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose headers have been read and agree with each other.
+    """A folder with a config and the names of its weight files; headers are read when asked for.
 
     Parameters
     ----------
     folder : Path
     config : dict
         Contents of config.json.
-    tensors : dict of str to dict of str to TensorEntry
-        By file name, then by tensor name, in the order of the data.
+    files : tuple of str
+        Names of the weight files, sorted.
+    weight_map : dict of str to str
+        The index's: tensor name to file name; empty where there is no index.
     opener : callable
         Opens a path for reading and returns the descriptor; every byte of the folder passes through it.
     """
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, dict[str, TensorEntry]]
+    files: tuple[str, ...]
+    weight_map: dict[str, str] = field(repr=False)
     opener: Opener = field(default=open_file, repr=False)
 
     @classmethod
     def open(cls, folder: Path, opener: Opener | None = None) -> Checkpoint:
-        """Read config, index and headers of `folder`.
+        """Read config and index of `folder`.
 
         Raises
         ------
@@ -79,20 +82,28 @@ class Checkpoint:
         files, weight_map = _weight_files(folder, opener)
         config = _read_json(folder, CONFIG, opener)
         _check_not_quantized(config)
-        tensors = {}
-        for name in files:
-            with _opened(folder / name, opener, missing=f"{name}: named by the index, but not in the folder") as file:
-                tensors[name] = read_header(file, name)
-        _check_agreement(tensors, weight_map)
-        return cls(folder, config, tensors, opener)
+        return cls(folder, config, tuple(files), weight_map, opener)
+
+    def headers(self) -> dict[str, dict[str, TensorEntry]]:
+        """Headers of all weight files, which must agree with each other and with the index.
+
+        Returns
+        -------
+        dict of str to dict of str to TensorEntry
+            By file name, then by tensor name, in the order of the data.
+        """
+        headers = {}
+        for name in self.files:
+            with self.shard(name) as reader:
+                headers[name] = reader.entries
+        _check_agreement(headers, self.weight_map)
+        return headers
 
     @contextmanager
     def shard(self, name: str) -> Iterator[ShardReader]:
-        """Open one weight file to read tensors from."""
-        with _opened(self.folder / name, self.opener, missing=f"{name}: gone since its header was read") as file:
-            if read_header(file, name) != self.tensors[name]:
-                raise CheckpointError(f"{name}: changed since its header was first read")
-            yield ShardReader(name, file, self.tensors[name])
+        """Open one weight file, check its header, and read tensors from it."""
+        with _opened(self.folder / name, self.opener, missing=f"{name}: no such weight file in the folder") as file:
+            yield ShardReader(name, file, read_header(file, name))
 
     def carried_files(self) -> tuple[list[str], list[str]]:
         """Names of the files to carry over unchanged, and of those left out, both relative, sorted."""
@@ -100,7 +111,7 @@ class Checkpoint:
         left_out: list[str] = []
         for path in _walk(self.folder, MAX_FOLDER_DEPTH):
             relative = path.relative_to(self.folder).as_posix()
-            if relative in (CONFIG, INDEX) or relative in self.tensors:
+            if relative in (CONFIG, INDEX) or relative in self.files:
                 continue
             wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in CARRIED)
             (carried if wanted and not path.name.endswith(".index.json") else left_out).append(relative)
@@ -164,9 +175,9 @@ def _weight_files(folder: Path, opener: Opener) -> tuple[list[str], dict[str, st
     raise CheckpointError(f"no {SINGLE} and no {INDEX} in the folder")
 
 
-def _check_agreement(tensors: dict[str, dict[str, TensorEntry]], weight_map: dict[str, str]) -> None:
+def _check_agreement(headers: dict[str, dict[str, TensorEntry]], weight_map: dict[str, str]) -> None:
     seen: dict[str, str] = {}
-    for file, entries in tensors.items():
+    for file, entries in headers.items():
         for name in entries:
             if name in seen:
                 raise CheckpointError(f"{file}: tensor {name!r} is in {seen[name]} already")

@@ -182,6 +182,7 @@ def quantize_shard(
     done = _Counter(progress)
     files, results = [], []
     with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead:
+        _check_unchanged(reader, shard)
         weights = _read_ahead(reader, shard, ahead)
         for name, tensors in itertools.groupby(shard.tensors, key=lambda tensor: tensor.file):
             group = list(tensors)
@@ -198,6 +199,12 @@ def quantize_shard(
                 raise
             files.append(ArtifactFile(name, writer.nbytes, digest))
     return ShardResult(index, tuple(files), tuple(results))
+
+
+def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
+    found = {name: (entry.dtype, entry.shape) for name, entry in reader.entries.items()}
+    if found != {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}:
+        raise CheckpointError(f"{shard.file}: holds other tensors than when it was planned")
 
 
 def _write_quantized(

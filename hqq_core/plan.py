@@ -126,10 +126,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """
     writer = writer_of(recipe)
     spec = writer.check(recipe)
-    _check_names(recipe, checkpoint)
+    headers = checkpoint.headers()
+    _check_names(recipe, headers, checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
-        for shard, entries in checkpoint.tensors.items()
+        for shard, entries in headers.items()
         for entry in entries.values()
     ]
     if not any(tensor.spec for tensor in tensors):
@@ -139,7 +140,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     tensors = _assign_files(tensors, recipe.max_shard_nbytes)
     shards = (
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
-        for index, name in enumerate(checkpoint.tensors)
+        for index, name in enumerate(headers)
     )
     return Plan(recipe, spec, tuple(shards), tuple(checkpoint.carried_files()[1]))
 
@@ -194,9 +195,9 @@ def _named(module: str, names: Iterable[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _check_names(recipe: Recipe, checkpoint: Checkpoint) -> None:
+def _check_names(recipe: Recipe, headers: dict[str, dict[str, TensorEntry]], checkpoint: Checkpoint) -> None:
     """A name that matches nothing is a slip of the pen: say so."""
-    modules = {name.rpartition(".")[0] for entries in checkpoint.tensors.values() for name in entries}
+    modules = {name.rpartition(".")[0] for entries in headers.values() for name in entries}
     for field in ("include_modules", "skip_modules"):
         for name in getattr(recipe, field):
             if not any(_named(module, [name]) for module in modules):

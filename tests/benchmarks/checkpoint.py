@@ -23,7 +23,7 @@ from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
 from hqq_core.safetensors_file import CHUNK_NBYTES, SafetensorsWriter
 
 SHARD_NBYTES = 256_000_000
-HIDDEN, FEED_FORWARD = 2048, 8192
+HIDDEN, FEED_FORWARD = 2048, 7680
 
 
 def main() -> None:

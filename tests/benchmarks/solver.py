@@ -44,7 +44,7 @@ def main() -> None:
 def smollm2_weights(layers: int) -> Iterator[torch.Tensor]:
     checkpoint = Checkpoint.open(cached("smollm2-135m"))
     wanted = tuple(f"model.layers.{i}." for i in range(layers))
-    for file, entries in checkpoint.tensors.items():
+    for file, entries in checkpoint.headers().items():
         with checkpoint.shard(file) as reader:
             yield from (
                 reader.read(name) for name in entries if name.startswith(wanted) and name.endswith("_proj.weight")

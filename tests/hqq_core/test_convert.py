@@ -127,6 +127,16 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_source_that_changed_since_it_was_planned_is_noticed(tmp_path):
+    checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
+    plan = build_plan(checkpoint, Recipe())
+    save_llama(tmp_path / "m", hidden=128)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: holds other tensors than when it was planned"):
+        quantize_shard(checkpoint, plan, 0, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_stopping_leaves_nothing_half_written(tmp_path):
     checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
     plan = build_plan(checkpoint, Recipe())
