@@ -1,0 +1,427 @@
+"""halfquad: one command. Data goes to stdout, talk to stderr; commands load what they need when they run.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+"""
+
+import json
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from service.client import Client, Event
+    from service.common.settings import Settings
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+API_STOP_S = 5  # open event streams are cut after this
+TERMINAL = ("succeeded", "failed", "cancelled")
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+jobs = typer.Typer(no_args_is_help=True, help="Look at jobs and stop them.")
+app.add_typer(jobs, name="jobs")
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Url = Annotated[str, typer.Option(envvar="HALFQUAD_URL", help="Where the service answers.")]
+JobId = Annotated[str, typer.Argument(help="A job's id.")]
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder for jobs, results and the embedded services.")]
+SourceRoot = Annotated[
+    list[Path] | None, typer.Option(help="Folder that local sources may come from; may be given again.")
+]
+
+Nbits = Annotated[int | None, typer.Option(help="Bits per weight: 1, 2, 3, 4, 5, 6 or 8.")]
+GroupSize = Annotated[str | None, typer.Option(help='Weights that share one scale, or "none" for a whole channel.')]
+Format = Annotated[str | None, typer.Option(help="Format of the result.")]
+Axis = Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")]
+Zero = Annotated[str | None, typer.Option(help="float, int or none; the format's own unless given.")]
+Include = Annotated[list[str] | None, typer.Option(help="Module to quantize although it is copied by default.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Module to leave alone.")]
+MaxShard = Annotated[int | None, typer.Option(help="Size limit of one file of the result, in bytes.")]
+
+
+def main() -> NoReturn:
+    """Entry point: errors become one line on stderr and an exit code."""
+    try:
+        app()
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(code)
+    sys.exit(0)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """What an error of ours ends the command with; None for a bug."""
+    from hqq_core.errors import HalfquadError, StorageFullError
+    from service.client import HalfquadClientError, InvalidRequestError, NotFoundError
+    from service.common.errors import ServiceError
+
+    match error:
+        case StorageFullError():
+            return 1
+        case HalfquadError() | InvalidRequestError() | NotFoundError():
+            return 2
+        case HalfquadClientError() | ServiceError():
+            return 1
+        case _:
+            return None
+
+
+# The service
+
+
+@app.command()
+def up(host: Host = None, port: Port = None, data_dir: DataDir = None, source_root: SourceRoot = None) -> None:
+    """Run everything here: API, worker and, unless HALFQUAD_BROKER_URL is set, an embedded broker."""
+    _set(HOST=host, PORT=port, DATA_DIR=data_dir, SOURCE_ROOTS=_joined(source_root))
+    _become("worker.embedded")
+
+
+@app.command()
+def api(host: Host = None, port: Port = None) -> None:
+    """Run the REST API."""
+    import uvicorn
+
+    from service.app import create_app
+    from service.common import schema
+    from service.common.logs import configure_logging
+    from service.common.session import Database
+
+    _set(HOST=host, PORT=port)
+    settings = _settings()
+    configure_logging(settings.log_level)
+    database = Database(settings.database_url)
+    schema.check_head(database)  # in one line here, in a trace from uvicorn
+    database.close()
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=API_STOP_S,
+    )
+
+
+@app.command()
+def worker(
+    name: Annotated[
+        str | None,
+        typer.Option(help="Stays the same over restarts, unique on its host: what was lost with it is found at once."),
+    ] = None,
+) -> None:
+    """Run one worker; start as many as there are devices."""
+    _become("worker", "--hostname", f"{name or f'worker-{secrets.token_hex(4)}'}@%h")
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the schema of this version."""
+    from service.common import schema
+    from service.common.logs import configure_logging
+    from service.common.session import Database
+
+    settings = _settings()
+    configure_logging(settings.log_level)
+    database = Database(settings.database_url)
+    schema.migrate(database)
+    database.close()
+
+
+def _settings() -> "Settings":
+    from pydantic import ValidationError
+
+    from service.common.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        for wrong in error.errors():
+            typer.echo(f"error: HALFQUAD_{str(wrong['loc'][0]).upper()}: {wrong['msg']}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _set(**options: Any) -> None:
+    """Options are settings: this process and its children read them as such."""
+    os.environ.update({f"HALFQUAD_{name}": str(value) for name, value in options.items() if value is not None})
+
+
+def _joined(paths: list[Path] | None) -> str | None:
+    return os.pathsep.join(map(str, paths)) if paths else None
+
+
+def _become(module: str, *arguments: str) -> NoReturn:
+    """Run a module in place of this process: its signals and its exit code are ours."""
+    _settings()
+    # -P: a folder named worker in the current directory is not ours
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+
+
+# Without a service
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint.")],
+    output: Annotated[Path, typer.Option(help="New folder for the result.")],
+    nbits: Nbits = None,
+    group_size: GroupSize = None,
+    format: Format = None,
+    axis: Axis = None,
+    zero: Zero = None,
+    include: Include = None,
+    skip: Skip = None,
+    max_shard_nbytes: MaxShard = None,
+    threads: Annotated[int | None, typer.Option(help="Solver threads; all cores unless given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint into a new folder; needs no service."""
+    from hqq_core.convert import quantize_checkpoint
+    from hqq_core.recipe import Recipe
+
+    recipe = Recipe.from_dict(_recipe(nbits, group_size, format, axis, zero, include, skip, max_shard_nbytes))
+    # as Ctrl-C: what was half written goes
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with _bytes_bar(source.name) as report:
+        manifest = quantize_checkpoint(source, output, recipe, threads=threads or os.cpu_count() or 1, progress=report)
+    if as_json:
+        _print_json({"output": str(output), **manifest.to_dict()})
+    else:
+        _print_metrics(manifest.metrics)
+        typer.echo(f"written to         {output}")
+
+
+def _recipe(
+    nbits: int | None,
+    group_size: str | None,
+    format: str | None,
+    axis: int | None,
+    zero: str | None,
+    include: list[str] | None,
+    skip: list[str] | None,
+    max_shard_nbytes: int | None,
+) -> dict[str, Any]:
+    """Only what was given: defaults are the recipe's business."""
+    given = {
+        "nbits": nbits,
+        "format": format,
+        "axis": axis,
+        "zero": zero,
+        "include_modules": include or None,
+        "skip_modules": skip or None,
+        "max_shard_nbytes": max_shard_nbytes,
+    }
+    recipe: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if group_size is not None:
+        recipe["group_size"] = None if group_size == "none" else _integer(group_size)
+    return recipe
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f'{text!r} is neither a number nor "none"', param_hint="--group-size") from None
+
+
+# Against a service
+
+
+@app.command()
+def submit(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint, as the service sees it.")
+    ],
+    nbits: Nbits = None,
+    group_size: GroupSize = None,
+    format: Format = None,
+    axis: Axis = None,
+    zero: Zero = None,
+    include: Include = None,
+    skip: Skip = None,
+    max_shard_nbytes: MaxShard = None,
+    label: Annotated[list[str] | None, typer.Option(help="key:value; may be given again.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Submit a job."""
+    with _client(url) as client:
+        job = client.submit(
+            source=os.path.abspath(source),
+            recipe=_recipe(nbits, group_size, format, axis, zero, include, skip, max_shard_nbytes),
+            labels=dict(_label(text) for text in label or ()),
+        )
+        if watch:
+            _follow(client, job["id"], as_json)
+        else:
+            _print_job(job, as_json)
+
+
+@jobs.command("ls")
+def list_jobs(
+    status: Annotated[list[str] | None, typer.Option(help="Only these; may be given again.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")] = 20,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """List jobs, the newest first."""
+    from itertools import islice
+
+    with _client(url) as client:
+        found = list(islice(client.list(**({"status": status} if status else {})), limit))
+    if as_json:
+        _print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("id", "status", "phase", "done", "source", "format", "bits", "created", box=None, pad_edge=False)
+    for job in found:
+        table.add_row(
+            job["id"],
+            job["status"],
+            job["phase"] or "",
+            _percent(job),
+            job["source"]["path"],
+            job["recipe"]["format"],
+            str(job["recipe"]["nbits"]),
+            job["created_at"],
+        )
+    console = Console()
+    # a pipe gets whole lines
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+@jobs.command()
+def info(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Show one job."""
+    with _client(url) as client:
+        _print_job(client.get(job_id), as_json)
+
+
+@jobs.command()
+def watch(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Follow a job to its end; exits with 1 unless it succeeds."""
+    with _client(url) as client:
+        _follow(client, job_id, as_json)
+
+
+@jobs.command()
+def cancel(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Stop a job."""
+    with _client(url) as client:
+        _print_job(client.cancel(job_id), as_json)
+
+
+@contextmanager
+def _client(url: str) -> "Iterator[Client]":
+    from service.client import Client
+
+    with Client(base_url=url) as client:
+        yield client
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, colon, value = text.partition(":")
+    if not colon:
+        raise typer.BadParameter(f"{text!r} is not key:value", param_hint="--label")
+    return key, value
+
+
+def _follow(client: "Client", job_id: str, as_json: bool) -> None:
+    for event in client.events(job_id):
+        if as_json:
+            typer.echo(json.dumps({"seq": event.seq, "type": event.type, "data": event.data}))
+        elif line := _sentence(event):
+            typer.echo(line, err=True)
+    job = client.get(job_id)
+    if not as_json:
+        _print_job(job, as_json)
+    if job["status"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def _sentence(event: "Event") -> str:
+    data = event.data
+    match event.type:
+        case "status":
+            return f"{data['status']}: {data['phase']}" if data.get("phase") else str(data["status"])
+        case "progress":
+            return f"{data['phase']}: {data['percent']} %"
+        case "log":
+            return str(data["message"])
+        case _:
+            return ""
+
+
+# Output
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_job(job: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(job)
+        return
+    lines = {
+        "job": job["id"],
+        "status": " ".join(filter(None, (job["status"], job["phase"] if job["status"] not in TERMINAL else ""))),
+        "done": _percent(job),
+        "source": job["source"]["path"],
+        "recipe": ", ".join(f"{name} {value}" for name, value in job["recipe"].items() if value not in (None, [])),
+        "error": job["error"] and f"{job['error']['code']}: {job['error']['message']}",
+    }
+    for name, value in lines.items():
+        if value:
+            typer.echo(f"{name:18} {value}")
+    if job["result"]:
+        _print_metrics(job["result"]["metrics"])
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    typer.echo(f"{'source':18} {metrics['nbytes_in'] / 1e6:.1f} MB")
+    typer.echo(f"{'result':18} {metrics['nbytes_out'] / 1e6:.1f} MB")
+    typer.echo(f"{'bits per weight':18} {metrics['bits_per_weight']:.3f}")
+    typer.echo(f"{'relative error':18} {metrics['relative_error']:.5f}")
+    for tensor in metrics["worst_tensors"]:
+        typer.echo(f"{'':18} {tensor['relative_error']:.5f} {tensor['name']}")
+
+
+def _percent(job: dict[str, Any]) -> str:
+    percent = (job["progress"] or {}).get("percent")
+    return "" if percent is None else f"{percent} %"
+
+
+@contextmanager
+def _bytes_bar(name: str) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

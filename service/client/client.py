@@ -1,0 +1,167 @@
+"""Client: a job in, its events and files out."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from service.client.errors import ConnectionFailed, DownloadError, ServerError, raise_for
+from service.client.events import Event, parse
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+STREAM_SILENCE_S = 45  # three pings
+RECONNECT_S = 1.0
+MAX_WAIT_S = 60  # the longest the service waits in one request
+CHUNK_NBYTES = 1024**2
+
+
+class Client:
+    """Talks to one service; safe to share between threads, to be closed at the end."""
+
+    def __init__(
+        self, base_url: str = DEFAULT_URL, *, timeout_s: float = 30, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(
+        self,
+        source: str | os.PathLike[str] | dict[str, Any],
+        recipe: dict[str, Any] | None = None,
+        *,
+        labels: dict[str, str] | None = None,
+        priority: int | None = None,
+        idempotency_key: str | None = None,
+        wait_s: int = 0,
+    ) -> dict[str, Any]:
+        """A new job for a folder on the service's machine, or for a source as the API has it."""
+        if not isinstance(source, dict):
+            source = {"type": "folder", "path": os.fspath(source)}
+        optional = {"recipe": recipe, "labels": labels, "priority": priority}
+        body = {"source": source} | {name: value for name, value in optional.items() if value is not None}
+        headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        return self._json("POST", "/v1/jobs", json=body, headers=headers, wait_s=min(wait_s, MAX_WAIT_S))
+
+    def get(self, job_id: str) -> dict[str, Any]:
+        return self._json("GET", _path(job_id))
+
+    def list(self, **filters: Any) -> Iterator[dict[str, Any]]:
+        """All jobs that match, page by page; filters are those of GET /v1/jobs."""
+        while True:
+            page = self._json("GET", "/v1/jobs", params=filters)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            filters["after"] = page["last_id"]
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        return self._json("POST", _path(job_id, "cancel"))
+
+    def events(self, job_id: str, *, after: int = 0, give_up_s: float | None = None) -> Iterator[Event]:
+        """Events as they come, until the job is done; comes back by itself when the connection is lost.
+
+        With give_up_s, the last failure once the service has been out of reach for that long.
+        """
+        lost_at: float | None = None
+        while True:
+            try:
+                with self._stream(_path(job_id, "events"), after) as response:
+                    if response.status_code == 204:
+                        return
+                    for event in parse(response.iter_lines()):
+                        lost_at, after = None, event.seq
+                        yield event
+                        if event.type == "done":
+                            return
+            except (ConnectionFailed, ServerError):
+                lost_at = lost_at or time.monotonic()
+                if give_up_s is not None and time.monotonic() - lost_at >= give_up_s:
+                    raise
+            time.sleep(RECONNECT_S)
+
+    def wait(self, job_id: str) -> dict[str, Any]:
+        """The job at its end."""
+        for _ in self.events(job_id):
+            pass
+        return self.get(job_id)
+
+    def artifacts(self, job_id: str) -> Sequence[dict[str, Any]]:
+        """The files of a job that has succeeded: name, nbytes, sha256."""
+        files: list[dict[str, Any]] = self._json("GET", _path(job_id, "artifacts"))["data"]
+        return files
+
+    def download(self, job_id: str, name: str, target: str | os.PathLike[str]) -> Path:
+        """One file, checked against its sha256; what an earlier call left half done is continued."""
+        sha256 = next((file["sha256"] for file in self.artifacts(job_id) if file["name"] == name), None)
+        final = Path(target)
+        partial = final.with_name(f".{final.name}.part")
+        have = partial.stat().st_size if partial.exists() else 0
+        headers = {"Range": f"bytes={have}-", "If-Range": f'"{sha256}"'} if have else {}
+        with _failing(), self._http.stream("GET", _path(job_id, "artifacts", name), headers=headers) as response:
+            if response.status_code != 416:  # 416: nothing was missing but the rename
+                _raise_for_stream(response)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("ab" if response.status_code == 206 else "wb") as file:
+                    file.writelines(response.iter_bytes(CHUNK_NBYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+        with partial.open("rb") as written:
+            found = hashlib.file_digest(written, "sha256").hexdigest()
+        if found != sha256:
+            partial.unlink()
+            raise DownloadError(f"{name} has sha256 {found}, {sha256} was listed")
+        return partial.replace(final)
+
+    def _json(self, method: str, path: str, *, wait_s: float = 0, **request: Any) -> dict[str, Any]:
+        usual = self._http.timeout
+        patient = httpx.Timeout(**usual.as_dict() | {"read": usual.read and usual.read + wait_s})
+        with _failing():
+            response = self._http.request(method, path, timeout=patient, **request)
+        raise_for(response)
+        body: dict[str, Any] = response.json()
+        return body
+
+    @contextmanager
+    def _stream(self, path: str, after: int) -> Iterator[httpx.Response]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        timeout = httpx.Timeout(**self._http.timeout.as_dict() | {"read": STREAM_SILENCE_S})
+        with _failing(), self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            _raise_for_stream(response)
+            yield response
+
+
+def _raise_for_stream(response: httpx.Response) -> None:
+    if response.is_error:
+        response.read()
+        raise_for(response)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ConnectionFailed(f"no answer from the service: {error}") from error
+
+
+def _path(job_id: str, *rest: str) -> str:
+    return "/".join(["/v1/jobs", *(quote(part, safe="") for part in (job_id, *rest))])

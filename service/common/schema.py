@@ -1,0 +1,38 @@
+"""The database's schema: bring it to head, or refuse to start below it."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from service.common.errors import NotMigrated
+from service.common.session import Database
+
+
+def migrate(database: Database, revision: str = "head") -> None:
+    """Upgrade to the revision; safe where several start at once."""
+    command.upgrade(_config(database), revision)
+
+
+def downgrade(database: Database, revision: str) -> None:
+    command.downgrade(_config(database), revision)
+
+
+def check_head(database: Database) -> None:
+    """NotMigrated unless the schema is the one this code was written for."""
+    head = ScriptDirectory.from_config(_config(database)).get_current_head()
+    with database.engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+    if current != head:
+        raise NotMigrated(f"the database is at revision {current}, this version needs {head}: run `halfquad migrate`")
+
+
+def _config(database: Database) -> Config:
+    config = Config()
+    # the folder by name: nothing below the web imports it
+    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["database"] = database
+    return config

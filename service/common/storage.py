@@ -1,0 +1,77 @@
+"""The artifact store: a private folder for each job, `plan.json` and `output/` in it."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hqq_core.errors import StorageFullError
+from service.common.models import JOB_ID
+
+
+class ArtifactStore:
+    """Files of jobs below `<data_dir>/jobs`."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.root = data_dir / "jobs"
+
+    def create(self, job_id: str) -> Path:
+        """The job's folder, there and private."""
+        folder = self.folder(job_id)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.output(job_id).mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def folder(self, job_id: str) -> Path:
+        if not JOB_ID.fullmatch(job_id):
+            raise ValueError(f"not a job id: {job_id!r}")
+        return self.root / job_id
+
+    def output(self, job_id: str) -> Path:
+        """Where the job's checkpoint is written."""
+        return self.folder(job_id) / "output"
+
+    def write_plan(self, job_id: str, plan: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        final = self.folder(job_id) / "plan.json"
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(plan, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+        _sync_folder(final.parent)
+
+    def read_plan(self, job_id: str) -> dict[str, Any]:
+        plan: dict[str, Any] = json.loads((self.folder(job_id) / "plan.json").read_text(encoding="utf-8"))
+        return plan
+
+    def remove(self, job_id: str) -> None:
+        """All that the job left; nothing where nothing is."""
+        shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def job_ids(self) -> Iterator[str]:
+        """Jobs that have a folder."""
+        if self.root.is_dir():
+            yield from (path.name for path in self.root.iterdir() if JOB_ID.fullmatch(path.name))
+
+    def free_nbytes(self) -> int:
+        folder = next(path for path in (self.root, *self.root.parents) if path.is_dir())
+        return shutil.disk_usage(folder).free
+
+    def check_room(self, nbytes: int, *, reserve_nbytes: int) -> None:
+        """StorageFullError unless nbytes fit and leave the reserve free."""
+        free = self.free_nbytes()
+        if free - nbytes < reserve_nbytes:
+            raise StorageFullError(f"{nbytes} bytes to write, {free} free, {reserve_nbytes} of them kept in reserve")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

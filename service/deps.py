@@ -1,0 +1,27 @@
+"""Annotated dependencies of the routes."""
+
+import re
+from typing import Annotated
+
+from fastapi import Depends, Header, Path, Request
+
+from service.jobs import Service
+
+MAX_WAIT_S = 60
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _wait_s(prefer: Annotated[str | None, Header()] = None) -> int:
+    """Seconds of `Prefer: wait=N` (RFC 7240); a preference that cannot be read is no preference."""
+    found = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
+    return min(int(found[1]), MAX_WAIT_S) if found else 0
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+WaitDep = Annotated[int, Depends(_wait_s)]
+JobId = Annotated[str, Path(description="`job_...`", examples=["job_01K8Z3V4TQ8M3W1B0G6C2N9R5A"])]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x20-\x7e]+$")]

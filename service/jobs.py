@@ -1,0 +1,216 @@
+"""What a user may do with jobs."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from hqq_core.errors import SpecError
+from hqq_core.formats import check_recipe
+from hqq_core.recipe import Recipe
+from service.common import outbox, repository
+from service.common.errors import (
+    FieldError,
+    IdempotencyBusy,
+    IdempotencyKeyReused,
+    NotFound,
+    RecipeRefused,
+    RequestInvalid,
+    Unavailable,
+)
+from service.common.models import Event, IdempotencyRecord, Job
+from service.common.queue import Broker
+from service.common.roots import SourceRoots
+from service.common.session import Database
+from service.common.settings import Settings
+from service.common.status import DISCARDED, JobStatus
+from service.common.storage import ArtifactStore
+from service.schemas import Artifact, JobBody, JobCreate, JobQuery, RecipeBody
+
+JOBS_PATH = "/v1/jobs"
+
+log = structlog.get_logger(__name__)
+
+
+class Service:
+    """The parts that the verbs need: opened once, closed at the end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.database = Database(settings.database_url)
+        self.broker = Broker(settings)
+        self.store = ArtifactStore(settings.data_dir)
+        self.roots = SourceRoots(settings.source_roots)
+
+    def close(self) -> None:
+        self.broker.close()
+        self.database.close()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a submission is answered with, now or whenever its Idempotency-Key comes again."""
+
+    job_id: str
+    status_code: int
+    body: dict[str, Any]
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
+class Download:
+    """An artifact and where its bytes are."""
+
+    artifact: Artifact
+    path: Path
+
+
+def submit(service: Service, body: JobCreate, *, idempotency_key: str | None = None, wait_s: float = 0) -> Answer:
+    """A new job, durable with its key and its way to the workers; or what the key was answered with before."""
+    recipe = _check_recipe(body.recipe)
+    service.roots.resolve(body.source.path)
+    fingerprint = _fingerprint(body)
+    with service.database.write() as session:
+        record = None
+        if idempotency_key is not None:
+            record = repository.find_idempotency(session, idempotency_key, "POST", JOBS_PATH)
+        if record is not None:
+            return _replay(record, fingerprint, at=repository.now(session))
+        job = repository.insert_job(
+            session,
+            source=body.source.model_dump(),
+            recipe=recipe.to_dict(),
+            labels=dict(body.labels),
+            priority=body.priority,
+            max_attempts=service.settings.max_attempts,
+        )
+        session.flush()
+        answer = Answer(job.id, 202, draw(job))
+        if idempotency_key is not None:
+            at = repository.now(session)
+            record = IdempotencyRecord(
+                key=idempotency_key,
+                method="POST",
+                path=JOBS_PATH,
+                fingerprint=fingerprint,
+                job_id=job.id,
+                status_code=answer.status_code,
+                body=answer.body,
+                busy_until=at + timedelta(seconds=wait_s) if wait_s else None,
+                expires_at=at + timedelta(seconds=service.settings.idempotency_s),
+            )
+            repository.insert_idempotency(session, record)
+    log.info("A job was submitted", action="job_submitted", job_id=job.id)
+    _dispatch(service)
+    return answer
+
+
+def settle(service: Service, job: Job, idempotency_key: str | None) -> Answer:
+    """The answer after waiting, kept for the key."""
+    answer = Answer(job.id, 200 if job.is_terminal else 202, draw(job))
+    if idempotency_key is not None:
+        with service.database.write() as session:
+            repository.settle_idempotency(
+                session, idempotency_key, "POST", JOBS_PATH, status_code=answer.status_code, body=answer.body
+            )
+    return answer
+
+
+def get(service: Service, job_id: str) -> Job:
+    with service.database.read() as session:
+        return repository.get_job(session, job_id)
+
+
+def find(service: Service, query: JobQuery) -> repository.Page:
+    """A stretch of the list of jobs."""
+    if query.after is not None and query.before is not None:
+        detail = "after and before exclude each other"
+        raise RequestInvalid(detail, errors=(FieldError("query/before", "conflict", detail),))
+    where = repository.JobFilter(
+        statuses=tuple(query.status),
+        labels=tuple((key, value) for key, _, value in (label.partition(":") for label in query.label)),
+        created_after=query.created_after,
+        created_before=query.created_before,
+        q=query.q,
+    )
+    with service.database.read() as session:
+        return repository.list_jobs(
+            session,
+            where,
+            limit=query.limit,
+            after=query.after,
+            before=query.before,
+            ascending=query.order == "asc",
+        )
+
+
+def cancel(service: Service, job_id: str) -> tuple[Job, bool]:
+    """The job, cancelled or on its way there, and whether it was this call that stopped it in its run."""
+    with service.database.write() as session:
+        before = repository.get_job(session, job_id).status
+        job = repository.cancel_job(session, job_id)
+    if job.status in DISCARDED:
+        service.store.remove(job_id)
+    if job.status != before:
+        log.info("A job is to stop", action="job_cancel", job_id=job_id, status=job.status)
+    return job, job.status == JobStatus.CANCELLING and job.status != before
+
+
+def events(service: Service, job_id: str, *, after: int, limit: int) -> list[Event]:
+    with service.database.read() as session:
+        repository.get_job(session, job_id)
+        return repository.list_events(session, job_id, after=after, limit=limit)
+
+
+def artifacts(service: Service, job_id: str) -> list[Artifact]:
+    """What the job made; nothing until it has succeeded."""
+    result = get(service, job_id).result
+    return [Artifact(**artifact) for artifact in result["artifacts"]] if result else []
+
+
+def download(service: Service, job_id: str, name: str) -> Download:
+    """One of the job's files; only names that the result lists lead to a path."""
+    for artifact in artifacts(service, job_id):
+        path = service.store.output(job_id) / artifact.name
+        if artifact.name == name and path.is_file():
+            return Download(artifact, path)
+    raise NotFound("artifact_not_found", f"job {job_id} has no artifact {name!r}")
+
+
+def draw(job: Job) -> dict[str, Any]:
+    """The job as JSON shows it."""
+    return JobBody.model_validate(job).model_dump(mode="json")
+
+
+def _check_recipe(body: RecipeBody) -> Recipe:
+    try:
+        recipe = Recipe(**body.model_dump())
+        check_recipe(recipe)
+    except SpecError as error:
+        raise RecipeRefused(error.code, str(error), error.field) from error
+    return recipe
+
+
+def _fingerprint(body: JobCreate) -> str:
+    canonical = json.dumps(body.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _replay(record: IdempotencyRecord, fingerprint: str, *, at: Any) -> Answer:
+    if record.fingerprint != fingerprint:
+        raise IdempotencyKeyReused("the Idempotency-Key was used with another body")
+    if record.busy_until is not None and record.busy_until > at:
+        raise IdempotencyBusy("the first request with this key is still being answered", retry_after_s=1)
+    return Answer(record.job_id, record.status_code, record.body, replayed=True)
+
+
+def _dispatch(service: Service) -> None:
+    """At once if the broker is there; else a worker's housekeeping does it later."""
+    try:
+        outbox.dispatch(service.database, service.broker, service.settings)
+    except Unavailable as error:
+        log.warning("The broker is away; the job waits in the outbox", action="dispatch_failed", error=str(error))

@@ -1,0 +1,192 @@
+"""Request and response bodies."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+
+from hqq_core.recipe import DEFAULT_MAX_SHARD_NBYTES
+from service.common.status import JobStatus, Phase
+
+# no control characters: they are never meant, and PostgreSQL refuses NUL
+LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,255}$")]
+ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+ModuleNames = Annotated[list[ModuleName], Field(max_length=4096)]
+
+
+class RequestBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ResponseBody(BaseModel):
+    model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
+
+
+class FolderSource(RequestBody):
+    type: Literal["folder"]
+    path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    """Absolute path of a safetensors checkpoint below one of the service's source roots."""
+
+
+class RecipeBody(RequestBody):
+    """The library's recipe; what a format can hold is the library's to say."""
+
+    format: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "compressed-tensors"
+    nbits: StrictInt = 4
+    group_size: StrictInt | None = 64
+    axis: StrictInt = 1
+    zero: Literal["float", "int", "none"] | None = None
+    """Null: what the format holds best."""
+    iters: StrictInt = 10
+    include_modules: ModuleNames = []
+    skip_modules: ModuleNames = []
+    max_shard_nbytes: StrictInt = DEFAULT_MAX_SHARD_NBYTES
+
+
+class JobCreate(RequestBody):
+    source: FolderSource
+    recipe: RecipeBody = RecipeBody()
+    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = {}
+    priority: Annotated[StrictInt, Field(ge=0, le=9)] = 5
+    """Higher runs first."""
+
+
+class JobQuery(RequestBody):
+    """Which jobs a list holds, and which stretch of it."""
+
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    after: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """Jobs that follow this id in the list."""
+    before: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """Jobs that come before this id in the list."""
+    order: Literal["asc", "desc"] = "desc"
+    status: list[JobStatus] = []
+    label: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^:\x00-\x1f]+:[^\x00-\x1f]*$")]], Field()] = []
+    """`key:value`; all must match."""
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+    q: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,255}$")] | None = None
+    """Part of an id or of a source path."""
+
+
+class Progress(ResponseBody):
+    phase: Phase
+    completed: int
+    total: int | None
+    unit: Literal["bytes"]
+    percent: float | None
+    eta_seconds: float | None
+
+
+class Durations(ResponseBody):
+    """Seconds; null until the phase is over."""
+
+    queued: float | None
+    plan: float | None
+    quantize: float | None
+    verify: float | None
+
+
+class JobErrorBody(ResponseBody):
+    code: str
+    type: Literal["user", "system", "upstream"]
+    message: str
+    retryable: bool
+
+
+class Artifact(ResponseBody):
+    name: str
+    nbytes: int
+    sha256: str
+
+
+class JobResult(ResponseBody):
+    artifacts: list[Artifact]
+    metrics: dict[str, Any]
+
+
+class JobBody(ResponseBody):
+    id: str
+    object: Literal["job"] = "job"
+    status: JobStatus
+    phase: Phase | None
+    attempt: int
+    max_attempts: int
+    progress: Progress | None
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    priority: int
+    labels: dict[str, str]
+    error: JobErrorBody | None
+    result: JobResult | None
+    created_at: datetime
+    queued_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    durations: Durations
+    version: int
+
+
+class JobList(ResponseBody):
+    object: Literal["list"] = "list"
+    data: list[JobBody]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class EventBody(ResponseBody):
+    object: Literal["event"] = "event"
+    seq: int
+    type: str
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class EventList(ResponseBody):
+    object: Literal["list"] = "list"
+    data: list[EventBody]
+    has_more: bool
+
+
+class ArtifactList(ResponseBody):
+    object: Literal["list"] = "list"
+    data: list[Artifact]
+    has_more: bool = False
+
+
+class FieldProblem(ResponseBody):
+    pointer: str
+    """JSON pointer into the body, or `query/<name>`, `header/<name>`, `path/<name>`."""
+    code: str
+    detail: str
+
+
+class Problem(ResponseBody):
+    """RFC 9457, and what programs need beyond it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    """Stable; switch on this."""
+    request_id: str
+    errors: list[FieldProblem] = []
+    retryable: bool
+
+
+class Check(ResponseBody):
+    ok: bool
+    detail: str
+
+
+class Liveness(ResponseBody):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(ResponseBody):
+    status: Literal["ok", "degraded", "unavailable"]
+    checks: dict[str, Check]

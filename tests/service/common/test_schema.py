@@ -1,0 +1,47 @@
+import subprocess
+import sys
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect
+
+from service.common.errors import NotMigrated
+from service.common.models import Base
+from service.common.schema import check_head, downgrade, migrate
+from service.common.session import Database
+
+
+@pytest.fixture
+def empty(database_url):
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+def test_head_is_the_models(database):
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_up_down_to_base_and_up_again(empty):
+    with pytest.raises(NotMigrated, match="halfquad migrate"):
+        check_head(empty)
+    migrate(empty)
+    check_head(empty)
+    downgrade(empty, "base")
+    assert inspect(empty.engine).get_table_names() == ["alembic_version"]
+    migrate(empty)
+    check_head(empty)
+
+
+def test_two_may_migrate_at_once(database_url):
+    code = "import sys; from service.common import schema, session; schema.migrate(session.Database(sys.argv[1]))"
+    running = [subprocess.Popen([sys.executable, "-c", code, database_url], stderr=subprocess.PIPE) for _ in range(2)]
+    for process in running:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr.decode()
+    database = Database(database_url)
+    check_head(database)
+    database.close()

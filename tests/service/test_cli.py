@@ -1,0 +1,141 @@
+"""The command as a user runs it: exit codes, data on stdout, talk on stderr."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.cli import main
+from service.common.session import Database
+from tests.checkpoints import folder_bytes, llama_config, save_llama
+
+HALFQUAD = [sys.executable, "-m", "service.cli"]
+
+
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def halfquad(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """The command within this process, which has torch already: its stdout and stderr once it ends with `code`."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["halfquad", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        stdout, stderr = capsys.readouterr()
+        assert ended.value.code == code, stderr
+        return stdout, stderr
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def process(*arguments: object, code: int = 0, **environment: str) -> str:
+    """The command in a process of its own; its stderr."""
+    command = [*HALFQUAD, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_command_itself_loads_nothing_heavy() -> None:
+    heavy = {"torch", "numba", "sqlalchemy", "celery", "fastapi", "uvicorn", "httpx", "pydantic"}
+    code = f"import sys, service.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_quantize_writes_a_folder_and_its_figures(tmp_path: Path, halfquad: Run) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    stdout, _ = halfquad(
+        "quantize", source, "--output", output, "--nbits", 4, "--group-size", 64, "--format", "hqq", "--json"
+    )
+    result = json.loads(stdout)
+    assert result["output"] == str(output)
+    assert result["metrics"]["bits_per_weight"] < 5
+    assert {file["name"] for file in result["files"]} < set(folder_bytes(output))
+    config = json.loads((output / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "hqq"
+
+
+def test_quantize_talks_to_people_too(tmp_path: Path, halfquad: Run) -> None:
+    stdout, stderr = halfquad("quantize", save_llama(tmp_path / "tiny"), "--output", tmp_path / "out", "--threads", 1)
+    assert "bits per weight" in stdout
+    assert "tiny" in stderr, "the progress bar"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nbits", "7"], "nbits"),
+        (["--group-size", "48"], "group_size 48"),
+        (["--group-size", "some"], "--group-size"),
+        (["--format", "gptq"], "gptq"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_settings_end_with_2_and_name_the_setting(
+    tmp_path: Path, halfquad: Run, options: list[str], said: str
+) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    stdout, stderr = halfquad("quantize", source, "--output", output, *options, code=2)
+    assert said in stderr
+    assert stdout == ""
+    assert not output.exists()
+
+
+def test_bad_source_ends_with_2_and_leaves_nothing(tmp_path: Path, halfquad: Run) -> None:
+    source = tmp_path / "pickles"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(llama_config()))
+    (source / "pytorch_model.bin").write_bytes(b"")
+    _, stderr = halfquad("quantize", source, "--output", tmp_path / "out", code=2)
+    assert "pytorch_model.bin" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_quantize_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    source, output = save_llama(tmp_path / "large", layers=6, hidden=768), tmp_path / "out"
+    command = [*HALFQUAD, "quantize", str(source), "--output", str(output), "--threads", "1"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (output.is_dir() and any(output.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(number)
+    assert running.wait(20) == code
+    assert not output.exists()
+
+
+def test_migrate_brings_an_empty_database_to_head(tmp_path: Path, database_url: str) -> None:
+    for _ in range(2):
+        process("migrate", HALFQUAD_DATABASE_URL=database_url, HALFQUAD_DATA_DIR=str(tmp_path / "data"))
+    database = Database(database_url)
+    with database.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM jobs").scalar() == 0
+    database.close()
+
+
+def test_api_refuses_to_start_below_head(tmp_path: Path) -> None:
+    assert "halfquad migrate" in process("api", HALFQUAD_DATA_DIR=str(tmp_path / "data"), code=1)
+
+
+def test_bad_environment_is_named(halfquad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFQUAD_PORT", "eighty")
+    _, stderr = halfquad("up", code=2)
+    assert "HALFQUAD_PORT" in stderr
+
+
+def test_no_service_is_an_error_in_one_line(halfquad: Run) -> None:
+    _, stderr = halfquad("jobs", "ls", "--url", "http://127.0.0.1:1", code=1)
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
