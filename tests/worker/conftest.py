@@ -1,0 +1,111 @@
+"""A worker's workplace over real servers, and jobs driven through it without Celery."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from hqq_core.recipe import Recipe
+from service.common import repository, schema
+from service.common.models import Job, Unit
+from service.common.repository import Claim
+from service.common.settings import Settings
+from service.common.status import UnitStatus
+from tests.checkpoints import save_llama
+from worker.steps import run_unit
+from worker.workplace import Workplace
+
+RECIPE = Recipe()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """The folder that sources may come from."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def source(models: Path) -> Path:
+    return save_llama(models / "tiny", n_shards=2)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, models: Path, database_url: str, redis_url: str) -> Settings:
+    return Settings(
+        data_dir=tmp_path / "data",
+        database_url=database_url,
+        broker_url=redis_url,
+        source_roots=(models,),
+        threads=1,
+        min_free_nbytes=0,
+        backoff_s=0,
+        cancel_poll_s=0.02,
+        heartbeat_s=0.05,
+    )
+
+
+@pytest.fixture
+def workplace(settings: Settings) -> Iterator[Workplace]:
+    """Once over each kind of database."""
+    settings.data_dir.mkdir()
+    workplace = Workplace.open(settings)
+    schema.migrate(workplace.database)
+    yield workplace
+    workplace.close()
+
+
+class Foreman:
+    """Submits a job and drives its units one by one."""
+
+    def __init__(self, workplace: Workplace) -> None:
+        self.workplace = workplace
+        self.leaving = threading.Event()
+
+    def submit(self, source: Path, recipe: Recipe = RECIPE, max_attempts: int = 3) -> Job:
+        with self.workplace.database.write() as session:
+            return repository.insert_job(
+                session,
+                source={"type": "folder", "path": str(source)},
+                recipe=recipe.to_dict(),
+                labels={},
+                priority=5,
+                max_attempts=max_attempts,
+            )
+
+    def units(self, status: UnitStatus = UnitStatus.QUEUED) -> list[Unit]:
+        with self.workplace.database.read() as session:
+            return list(session.scalars(select(Unit).where(Unit.status == status).order_by(Unit.kind, Unit.index)))
+
+    def run_next(self) -> None:
+        run_unit(self.workplace, self.units()[0].id, owner="worker@here", leaving=self.leaving)
+
+    def run_all(self) -> None:
+        while self.units():
+            self.run_next()
+
+    def claim_next(self, lease_s: float = 60) -> Claim:
+        with self.workplace.database.write() as session:
+            claim = repository.claim_unit(session, self.units()[0].id, owner="worker@here", lease_s=lease_s)
+        assert claim is not None
+        return claim
+
+    def cancel(self, job: Job) -> None:
+        with self.workplace.database.write() as session:
+            repository.cancel_job(session, job.id)
+
+    def get(self, job: Job) -> Job:
+        with self.workplace.database.read() as session:
+            return repository.get_job(session, job.id)
+
+    def actions(self, job: Job) -> list[str]:
+        with self.workplace.database.read() as session:
+            return [event.data.get("action", "") for event in repository.list_events(session, job.id)]
+
+
+@pytest.fixture
+def foreman(workplace: Workplace) -> Foreman:
+    return Foreman(workplace)

@@ -1,0 +1,80 @@
+"""Housekeeping in every worker: units of dead workers, files of dead jobs, and messages that never went."""
+
+import threading
+from collections.abc import Sequence
+
+import structlog
+
+from service.common import outbox, repository
+from service.common.errors import Unavailable
+from worker.workplace import Workplace
+
+LEASE = "housekeeping"
+FOLDERS_AT_ONCE = 500  # in one query
+
+logger = structlog.get_logger(__name__)
+
+
+class Housekeeper(threading.Thread):
+    """Looks after the rows every few seconds, beside the pool; of many, one reaps and all send."""
+
+    def __init__(self, workplace: Workplace, name: str) -> None:
+        super().__init__(name="housekeeper", daemon=True)
+        self._workplace = workplace
+        self._owner = name
+        self._over = threading.Event()
+        self._lease_s = 4 * workplace.settings.housekeeping_s
+
+    def run(self) -> None:
+        while True:
+            try:
+                self.keep()
+            except Unavailable as error:
+                logger.warning("The broker took no message.", action="dispatch_failed", reason=error.detail)
+            except Exception:
+                logger.exception("Housekeeping failed; it is tried again.", action="housekeeping_failed")
+            if self._over.wait(self._workplace.settings.housekeeping_s):
+                return
+
+    def stop(self) -> None:
+        """Say goodbye, so that nobody waits for this worker."""
+        self._over.set()
+        self.join()
+        with self._workplace.database.write() as session:
+            repository.worker_left(session, self._owner)
+            repository.drop_lease(session, LEASE, self._owner)
+
+    def keep(self) -> None:
+        with self._workplace.database.write() as session:
+            repository.worker_seen(session, self._owner, ttl_s=self._lease_s)
+            reaping = repository.take_lease(session, LEASE, self._owner, ttl_s=self._lease_s)
+        if reaping:
+            reap(self._workplace)
+            discard_files(self._workplace, list(self._workplace.store.job_ids()))
+            with self._workplace.database.write() as session:
+                repository.purge(session)
+        outbox.dispatch(self._workplace.database, self._workplace.broker, self._workplace.settings)
+
+
+def reap(workplace: Workplace) -> None:
+    """Queue again, or fail, the units whose workers have not been heard of for too long."""
+    settings = workplace.settings
+    with workplace.database.read() as session:
+        unit_ids = repository.expired_units(session)
+    for unit_id in unit_ids:
+        with workplace.database.write() as session:
+            job = repository.reap_unit(
+                session, unit_id, backoff_s=settings.backoff_s, backoff_limit_s=settings.backoff_limit_s
+            )
+        if job is not None:
+            logger.warning("Took a unit from a lost worker.", action="unit_reaped", unit_id=unit_id, job_id=job.id)
+
+
+def discard_files(workplace: Workplace, job_ids: Sequence[str]) -> None:
+    """Remove the files of failed and cancelled jobs once nobody writes any more."""
+    for start in range(0, len(job_ids), FOLDERS_AT_ONCE):
+        with workplace.database.read() as session:
+            discarded = repository.discarded_jobs(session, job_ids[start : start + FOLDERS_AT_ONCE])
+        for job_id in discarded:
+            workplace.store.remove(job_id)
+            logger.info("Removed the files of a job.", action="files_removed", job_id=job_id)

@@ -1,0 +1,177 @@
+"""The steps of a job as plain functions: claim a unit, do it, write down how it ended. No Celery here.
+
+Every step may run twice with the same result; no transaction is open while one works.
+"""
+
+import errno
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from hqq_core import convert
+from hqq_core.convert import ArtifactFile, ShardResult
+from hqq_core.errors import Cancelled, CheckpointError, StorageFullError
+from hqq_core.plan import Plan, build_plan
+from hqq_core.recipe import Recipe
+from hqq_core.safetensors_file import sha256_file
+from service.common import outbox, repository
+from service.common.errors import LeaseLost, ResultDamaged, Unavailable, describe, is_final
+from service.common.models import Job
+from service.common.repository import Claim, ShardWork
+from service.common.status import UnitKind
+from worker.heartbeat import Heartbeat, Stop
+from worker.reaper import discard_files
+from worker.sources import open_source
+from worker.workplace import Workplace
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+logger = structlog.get_logger(__name__)
+
+
+def run_unit(
+    workplace: Workplace, unit_id: str, *, owner: str, leaving: threading.Event, delivery_tag: str | None = None
+) -> None:
+    """Do a unit that waits, or nothing: a message may come twice, late, or after a cancel."""
+    with workplace.database.write() as session:
+        claim = repository.claim_unit(session, unit_id, owner=owner, lease_s=workplace.settings.lease_s)
+    if claim is None:
+        logger.info("Nothing to do for this message.", action="unit_not_waiting", unit_id=unit_id)
+        return
+    with bound_contextvars(job_id=claim.job_id, unit=claim.kind, index=claim.index, attempt=claim.attempt):
+        logger.info("Took a unit.", action="unit_started")
+        try:
+            with Heartbeat(workplace, claim, leaving=leaving, delivery_tag=delivery_tag) as heartbeat:
+                job = _attempt(workplace, claim, heartbeat)
+        except LeaseLost as error:
+            logger.warning("Left a unit to its new owner.", action="lease_lost", reason=error.detail)
+            return
+        logger.info("Ended a unit.", action="unit_ended", job_status=job.status, phase=job.phase)
+        discard_files(workplace, [claim.job_id])
+        send_due(workplace)
+
+
+def send_due(workplace: Workplace) -> None:
+    """Send what has become due; where the broker is down, housekeeping sends it later."""
+    try:
+        outbox.dispatch(workplace.database, workplace.broker, workplace.settings)
+    except Unavailable as error:
+        logger.warning("The broker took no message.", action="dispatch_failed", reason=error.detail)
+
+
+def _attempt(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
+    """The step and, where it does not come to its end, what follows from that."""
+    try:
+        return STEPS[claim.kind](workplace, claim, heartbeat)
+    except LeaseLost:
+        raise
+    except Cancelled:
+        return _stopped(workplace, claim, heartbeat.stop)
+    except Exception as error:
+        return _failed(workplace, claim, error)
+
+
+def _stopped(workplace: Workplace, claim: Claim, why: Stop | None) -> Job:
+    if why is Stop.LEASE_LOST:
+        raise LeaseLost(why.value)
+    with workplace.database.write() as session:
+        if why is Stop.LEAVING:
+            return repository.hand_back(session, claim)
+        return repository.unit_stopped(session, claim)
+
+
+def _failed(workplace: Workplace, claim: Claim, error: Exception) -> Job:
+    if isinstance(error, OSError) and error.errno in FULL:
+        error = StorageFullError(f"no room left for the result: {error.strerror}")
+    final = is_final(error)
+    # what the user can mend needs no trace
+    logger.error(
+        "A unit failed.", action="unit_failed", reason=str(error), final=final, exc_info=None if final else error
+    )
+    settings = workplace.settings
+    with workplace.database.write() as session:
+        return repository.unit_failed(
+            session,
+            claim,
+            describe(error),
+            final=final,
+            backoff_s=settings.backoff_s,
+            backoff_limit_s=settings.backoff_limit_s,
+        )
+
+
+def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
+    """From headers alone: what becomes of every tensor, and whether there is room for it."""
+    checkpoint = open_source(claim.source, workplace.roots)
+    plan = build_plan(checkpoint, Recipe.from_dict(claim.recipe))
+    _check_room(workplace, plan.nbytes_out)
+    workplace.store.create(claim.job_id)
+    workplace.store.write_plan(claim.job_id, plan.to_dict())
+    shards = [ShardWork(shard.index, shard.nbytes_in) for shard in plan.shards]
+    with workplace.database.write() as session:
+        return repository.plan_succeeded(session, claim, shards)
+
+
+def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
+    """One input shard, solved and written."""
+    plan = Plan.from_dict(workplace.store.read_plan(claim.job_id))
+    checkpoint = open_source(claim.source, workplace.roots)
+    _check_room(workplace, plan.shards[claim.index].nbytes_out)
+    result = convert.quantize_shard(
+        checkpoint,
+        plan,
+        claim.index,
+        workplace.store.output(claim.job_id),
+        threads=workplace.settings.threads,
+        progress=heartbeat.progress,
+    )
+    nbytes_out = sum(file.nbytes for file in result.files)
+    with workplace.database.write() as session:
+        return repository.shard_succeeded(session, claim, result.to_dict(), nbytes_out=nbytes_out)
+
+
+def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
+    """Every written byte read once more; then index, config, report and, last, the manifest."""
+    plan = Plan.from_dict(workplace.store.read_plan(claim.job_id))
+    output = workplace.store.output(claim.job_id)
+    with workplace.database.read() as session:
+        results = [ShardResult.from_dict(result) for result in repository.shard_results(session, claim.job_id)]
+    before = 0
+    for result in results:
+        _verify(workplace, claim, result, _from(before, heartbeat.progress))
+        before += sum(file.nbytes for file in result.files)
+    checkpoint = open_source(claim.source, workplace.roots)
+    manifest = convert.finish_checkpoint(checkpoint, plan, results, output)
+    artifacts = [asdict(file) for file in (*manifest.files, _describe_file(output / convert.MANIFEST))]
+    with workplace.database.write() as session:
+        return repository.finish_succeeded(session, claim, artifacts=artifacts, metrics=manifest.metrics)
+
+
+STEPS: dict[UnitKind, Callable[[Workplace, Claim, Heartbeat], Job]] = {
+    UnitKind.PLAN: plan_job,
+    UnitKind.SHARD: quantize_shard,
+    UnitKind.FINISH: finish_job,
+}
+
+
+def _verify(workplace: Workplace, claim: Claim, result: ShardResult, progress: Callable[[int], None]) -> None:
+    try:
+        convert.verify_shard(result, workplace.store.output(claim.job_id), progress=progress)
+    except CheckpointError as error:
+        raise ResultDamaged(f"what was written is not what was solved: {error}") from error
+
+
+def _describe_file(path: Path) -> ArtifactFile:
+    return ArtifactFile(path.name, path.stat().st_size, sha256_file(path))
+
+
+def _from(before: int, progress: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda nbytes_done: progress(before + nbytes_done)
+
+
+def _check_room(workplace: Workplace, nbytes: int) -> None:
+    workplace.store.check_room(nbytes, reserve_nbytes=workplace.settings.min_free_nbytes)
