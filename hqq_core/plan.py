@@ -134,9 +134,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         for entry in entries.values()
     ]
     if not any(tensor.spec for tensor in tensors):
-        raise CheckpointError(
-            f"none of {len(tensors)} tensors can be quantized: {_commonest(t.reason for t in tensors)}"
-        )
+        raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
     tensors = _assign_files(tensors, recipe.max_shard_nbytes)
     shards = (
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
@@ -226,9 +224,11 @@ def _file_name(number: int, total: int) -> str:
     return SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _commonest(reasons: Iterable[str]) -> str:
-    listed = list(reasons)
-    return max(set(listed), key=listed.count, default="there are none")
+def _main_obstacle(tensors: list[TensorPlan]) -> str:
+    """The commonest reason among tensors that are not copied for what they are."""
+    by_role = {kind.value for kind in Role}
+    reasons = [tensor.reason for tensor in tensors if tensor.reason not in by_role]
+    return max(reasons, key=reasons.count, default="there is no linear layer among them")
 
 
 def _shard_from_dict(fields: dict[str, Any]) -> ShardPlan:

@@ -284,24 +284,10 @@ def list_jobs(
     if as_json:
         _print_json(found)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("id", "status", "phase", "done", "source", "format", "bits", "created", box=None, pad_edge=False)
-    for job in found:
-        table.add_row(
-            job["id"],
-            job["status"],
-            job["phase"] or "",
-            _percent(job),
-            job["source"]["path"],
-            job["recipe"]["format"],
-            str(job["recipe"]["nbits"]),
-            job["created_at"],
-        )
-    console = Console()
-    # a pipe gets whole lines
-    console.print(table, soft_wrap=not console.is_terminal)
+    rows = [("ID", "STATUS", "DONE", "FORMAT", "BITS", "CREATED", "SOURCE"), *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @jobs.command()
@@ -399,6 +385,12 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     typer.echo(f"{'relative error':18} {metrics['relative_error']:.5f}")
     for tensor in metrics["worst_tensors"]:
         typer.echo(f"{'':18} {tensor['relative_error']:.5f} {tensor['name']}")
+
+
+def _row(job: dict[str, Any]) -> tuple[str, ...]:
+    recipe, source = job["recipe"], job["source"]
+    created = job["created_at"].partition(".")[0]
+    return job["id"], job["status"], _percent(job), recipe["format"], str(recipe["nbits"]), created, source["path"]
 
 
 def _percent(job: dict[str, Any]) -> str:

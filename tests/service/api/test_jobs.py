@@ -285,12 +285,12 @@ def test_unchanged_job_is_not_sent_again(api, submit, api_hand):
     }
 
 
-@pytest.mark.parametrize("job_id", ["job_01K8Z3V4TQ8M3W1B0G6C2N9R5A", "x", "%00", "job_%ff", "..%2f", "a" * 999])
 @pytest.mark.parametrize("rest", ["", "/events", "/artifacts", "/artifacts/config.json", "/cancel"])
-def test_unknown_job_is_not_found(api, job_id, rest):
-    response = api.request("POST" if rest == "/cancel" else "GET", f"/v1/jobs/{job_id}{rest}")
-    assert response.status_code == 404
-    assert response.json()["code"] in ("job_not_found", "not_found")
+def test_unknown_job_is_not_found(api, rest):
+    for job_id in ("job_01K8Z3V4TQ8M3W1B0G6C2N9R5A", "x", "%00", "job_%ff", "..%2f", "a" * 999):
+        response = api.request("POST" if rest == "/cancel" else "GET", f"/v1/jobs/{job_id}{rest}")
+        assert response.status_code == 404
+        assert response.json()["code"] in ("job_not_found", "not_found")
 
 
 def test_list_is_paged_by_links(api, submit):

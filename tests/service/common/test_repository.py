@@ -17,6 +17,7 @@ from service.common.errors import (
 )
 from service.common.models import Event, IdempotencyRecord, Job, Lease, Outbox, Unit
 from service.common.repository import JobFilter
+from service.common.repository.job_row import change_job, move_job
 from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
 
 ERROR = JobError("broken", "system", "it broke", True)
@@ -330,14 +331,14 @@ def test_ended_job_cannot_be_cancelled(hand):
 def test_terminal_status_never_changes(database, hand):
     job = hand.cancel(hand.insert())
     with database.write() as session, pytest.raises(StaleJob):
-        repository._move_job(session, session.get(Job, job.id), JobStatus.RUNNING, repository.now(session))
+        move_job(session, session.get(Job, job.id), JobStatus.RUNNING, repository.now(session))
 
 
 def test_change_needs_the_version_it_was_read_at(database, hand):
     job = hand.insert()
     hand.plan(1)
     with database.write() as session, pytest.raises(StaleJob, match="version 1"):
-        repository._change_job(session, job, repository.now(session), priority=1)
+        change_job(session, job, repository.now(session), priority=1)
 
 
 @pytest.mark.parametrize("job_id", ["job_01K8Z3V4TQ8M3W1B0G6C2N9R5A", "job_unknown", "", "\0", "\ud800"])

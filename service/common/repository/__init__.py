@@ -1,0 +1,75 @@
+"""All queries. Nothing here commits: the caller's `with database.write()` does.
+
+Whoever changes a job or its units locks the job row first. So writers of one job go one after the other, two of them
+never wait for each other, and what is read under the lock is what is written back.
+"""
+
+from service.common.repository.claims import Claim, claim_unit, renew_lease
+from service.common.repository.clock import now, ping
+from service.common.repository.dispatch import Message, give_back, take_due
+from service.common.repository.events import append_event, list_events
+from service.common.repository.expiry import expire_units, expired_units, purge
+from service.common.repository.failures import reap_unit, unit_failed
+from service.common.repository.idempotency import find_idempotency, insert_idempotency, settle_idempotency
+from service.common.repository.jobs import cancel_job, discarded_jobs, get_job, insert_job
+from service.common.repository.leases import (
+    WORKER_LEASE,
+    drop_lease,
+    take_lease,
+    worker_left,
+    worker_seen,
+    workers_online,
+)
+from service.common.repository.outcomes import (
+    finish_succeeded,
+    hand_back,
+    plan_succeeded,
+    shard_results,
+    shard_succeeded,
+    unit_stopped,
+)
+from service.common.repository.pages import JobFilter, Page, list_jobs
+from service.common.repository.progress import save_progress
+from service.common.repository.units import ShardWork
+
+__all__ = [
+    "WORKER_LEASE",
+    "Claim",
+    "JobFilter",
+    "Message",
+    "Page",
+    "ShardWork",
+    "append_event",
+    "cancel_job",
+    "claim_unit",
+    "discarded_jobs",
+    "drop_lease",
+    "expire_units",
+    "expired_units",
+    "find_idempotency",
+    "finish_succeeded",
+    "get_job",
+    "give_back",
+    "hand_back",
+    "insert_idempotency",
+    "insert_job",
+    "list_events",
+    "list_jobs",
+    "now",
+    "ping",
+    "plan_succeeded",
+    "purge",
+    "reap_unit",
+    "renew_lease",
+    "save_progress",
+    "settle_idempotency",
+    "shard_results",
+    "shard_succeeded",
+    "take_due",
+    "take_lease",
+    "unit_failed",
+    "unit_stopped",
+    "worker_left",
+    "worker_seen",
+    "workers_online",
+]

@@ -1,0 +1,29 @@
+"""The events of a job, numbered without a gap."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from service.common.events import EventType
+from service.common.models import Event, Job
+from service.common.repository.clock import now
+
+
+def append_event(
+    session: Session, job: Job, type: EventType, data: dict[str, Any], at: datetime | None = None
+) -> Event:
+    """The job's next event; the counter on its row leaves no gap and holds back the next writer until we commit."""
+    seq = session.scalars(
+        update(Job).where(Job.id == job.id).values(event_seq=Job.event_seq + 1).returning(Job.event_seq),
+        execution_options={"synchronize_session": False},
+    ).one()
+    event = Event(job_id=job.id, seq=seq, type=type, data=data, created_at=at or now(session))
+    session.add(event)
+    return event
+
+
+def list_events(session: Session, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
+    query = select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
+    return list(session.scalars(query))
