@@ -1,6 +1,6 @@
 # CPU:  docker build --target worker .
-# CUDA: docker build --target worker --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 \
-#         --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+# CUDA: docker build --target worker --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
+# TORCH_INDEX may name PyTorch's index of CPU or of other CUDA builds; the default index has one CUDA build, which runs on CPUs too.
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS base
@@ -12,10 +12,10 @@ ENV PATH=/opt/halfquad/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 FROM base AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 RUN python3 -m venv /opt/halfquad
 # torch alone, in a layer that a change of ours leaves in the cache
-RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "torch>=2.8"
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "torch>=2.8"
 COPY pyproject.toml README.md LICENSE /src/
 COPY hqq_core /src/hqq_core
 COPY service /src/service

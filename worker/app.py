@@ -110,8 +110,11 @@ def end_housekeeping(**_: Any) -> None:
 @signals.worker_process_init.connect
 def prepare_child(**_: Any) -> None:
     signal.signal(HAND_BACK, lambda number, frame: leaving.set())
+    import torch
+
     from worker import steps  # noqa: F401  # before the first unit, not within it
 
+    torch.set_num_threads(settings.threads)  # as the solver: workers that share cores would wait for each other
     # one child at a time has this name: what its predecessor held is lost
     with workplace().database.write() as session:
         repository.expire_units(session, os.environ[NODE_VARIABLE])
