@@ -10,6 +10,7 @@ class Role(Enum):
     """What a tensor is to its model; the value says why it is copied where it is."""
 
     LINEAR = "linear layer"
+    EXPERT = "linear layer of an expert"
     EMBEDDING = "embedding: looked up, not multiplied"
     HEAD = "output head: errors here meet the logits directly"
     ROUTER = "router: decides which expert runs"
@@ -20,8 +21,11 @@ class Role(Enum):
     OTHER = "not the weight of a module"
 
 
-_HEADS = {"lm_head", "embed_out", "score", "classifier", "decoder_head", "qa_outputs"}
-_ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+QUANTIZED = (Role.LINEAR, Role.EXPERT)  # the others are copied unless asked for
+
+_HEADS = {"lm_head", "generator_lm_head", "embed_out", "score", "classifier", "decoder_head", "qa_outputs", "v_head"}
+_ROUTERS = {"gate", "router", "switch", "shared_expert_gate", "wg"}
+_EMBEDDINGS = {"wte", "wpe", "emb", "shared", "relative_attention_bias"}
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
@@ -35,27 +39,34 @@ def role(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> Role:
         Name in the checkpoint, such as `model.layers.0.mlp.gate.weight`.
     shape : tuple of int
     config : dict
-        The model's config.json; only `model_type` is read.
+        The model's config.json; `model_type` and `vocab_size` are read.
     """
     if len(shape) < 2:
         return Role.VECTOR
     if len(shape) > 2:
         return Role.FUSED
     module, _, kind = name.rpartition(".")
-    if kind != "weight":
+    if kind != "weight" or not module:
         return Role.OTHER
     parts = module.split(".")
-    if any("embed" in part or part in ("wte", "wpe", "shared", "relative_attention_bias") for part in parts):
-        return Role.HEAD if parts[-1] in _HEADS else Role.EMBEDDING
-    if parts[-1] in _HEADS or module.endswith("predictions.decoder"):
-        return Role.HEAD
-    if parts[-1] in _ROUTERS or "router" in parts:
+    if parts[-1] not in _HEADS and any("embed" in part or part in _EMBEDDINGS for part in parts):
+        return Role.EMBEDDING
+    if not _ROUTERS.isdisjoint(parts):
         return Role.ROUTER
+    if not _HEADS.isdisjoint(parts) or _is_vocabulary(parts, shape, config):
+        return Role.HEAD
     if "norm" in parts[-1].lower() or parts[-1].startswith("ln_"):
         return Role.NORM
-    if config.get("model_type") in _CONV1D_FAMILIES and parts[-1] in _CONV1D:
+    if str(config.get("model_type")) in _CONV1D_FAMILIES and parts[-1] in _CONV1D:
         return Role.CONV1D
-    return Role.LINEAR
+    return Role.EXPERT if "experts" in parts else Role.LINEAR
+
+
+def _is_vocabulary(parts: list[str], shape: tuple[int, ...], config: dict[str, Any]) -> bool:
+    """Whether a weight outside the layers has a row per token of the vocabulary: an output head by another name."""
+    text = config.get("text_config")
+    sizes = (config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None)
+    return shape[0] in sizes and not any(part.isdigit() for part in parts)
 
 
 def ties_head(config: dict[str, Any]) -> bool:

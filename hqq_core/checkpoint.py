@@ -1,7 +1,6 @@
 """Checkpoint: a safetensors folder, read lazily and with distrust.
 
-Headers first, one tensor at a time, by `pread`: neither a mapped file nor a second tensor is ever resident. Nothing is unpickled
-and no code from the folder runs.
+Headers first, one tensor at a time, by `pread`: no file is mapped. Nothing is unpickled and no code from the folder runs.
 """
 
 from __future__ import annotations
@@ -25,6 +24,9 @@ from hqq_core.safetensors_file import CHUNK_NBYTES, DTYPES, TensorEntry, read_ex
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+REPORT = "halfquad_report.json"
+MANIFEST = "halfquad_manifest.json"
+OURS = (CONFIG, INDEX, REPORT, MANIFEST)  # written anew for every result
 MAX_JSON_NBYTES = 64_000_000  # the index of a 700B mixture of experts has 10 MB
 MAX_CARRIED_NBYTES = 256_000_000
 MAX_FOLDER_DEPTH = 4
@@ -106,21 +108,30 @@ class Checkpoint:
             yield ShardReader(name, file, read_header(file, name))
 
     def carried_files(self) -> tuple[list[str], list[str]]:
-        """Names of the files to carry over unchanged, and of those left out, both relative, sorted."""
+        """Names of the files to carry over, each opened once to see that it can be, and of those left out; relative, sorted."""
         carried: list[str] = []
         left_out: list[str] = []
         for path in _walk(self.folder, MAX_FOLDER_DEPTH):
-            relative = path.relative_to(self.folder).as_posix()
-            if relative in (CONFIG, INDEX) or relative in self.files:
+            relative = path.relative_to(self.folder)
+            if relative.parts[0] in OURS or relative.as_posix() in self.files:
                 continue
-            wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in CARRIED)
-            (carried if wanted and not path.name.endswith(".index.json") else left_out).append(relative)
-        return sorted(carried), sorted(left_out)
+            wanted = (
+                relative.as_posix().isprintable() and _is_carried(path.name) and self._is_small(relative.as_posix())
+            )
+            (carried if wanted else left_out).append(relative.as_posix())
+        return sorted(carried), sorted(name.encode("utf-8", "backslashreplace").decode() for name in left_out)
 
-    def read_file(self, name: str) -> bytes:
-        """Bytes of a carried file."""
-        with _opened(self.folder / name, self.opener, missing=f"{name}: gone") as file:
-            return _read_all(file, name, MAX_CARRIED_NBYTES)
+    def file_pieces(self, name: str) -> Iterator[bytes]:
+        """Bytes of a carried file, a few MiB at a time."""
+        with _opened(self.folder / name, self.opener, missing=f"{name}: gone since it was planned") as file:
+            offset = 0
+            while piece := os.pread(file, CHUNK_NBYTES, offset):
+                offset += len(piece)
+                yield piece
+
+    def _is_small(self, name: str) -> bool:
+        with _opened(self.folder / name, self.opener, missing=f"{name}: a link to nowhere") as file:
+            return os.fstat(file).st_size <= MAX_CARRIED_NBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +210,7 @@ def _read_json(folder: Path, name: str, opener: Opener) -> dict[str, Any]:
         raw = _read_all(file, name, MAX_JSON_NBYTES)
     try:
         value = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise CheckpointError(f"{name}: no JSON text: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name}: a JSON {type(value).__name__}: wanted an object")
@@ -221,12 +232,18 @@ def _opened(path: Path, opener: Opener, missing: str) -> Iterator[int]:
         file = opener(path)
     except FileNotFoundError as error:
         raise CheckpointError(missing) from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be opened: {error.strerror}") from error
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise CheckpointError(f"{path.name}: no regular file")
         yield file
     finally:
         os.close(file)
+
+
+def _is_carried(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED) and not name.endswith(".index.json")
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
@@ -237,5 +254,5 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
         if entry.is_dir(follow_symlinks=False):
             if depth > 1:
                 yield from _walk(Path(entry.path), depth - 1)
-        elif entry.is_file():
+        elif entry.is_symlink() or entry.is_file():
             yield Path(entry.path)

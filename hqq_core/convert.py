@@ -19,24 +19,29 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.checkpoint import CONFIG, INDEX, Checkpoint, ShardReader
+from hqq_core.checkpoint import CONFIG, INDEX, MANIFEST, REPORT, Checkpoint, ShardReader
 from hqq_core.errors import CheckpointError
 from hqq_core.formats import writer_of
-from hqq_core.formats.base import Layout
 from hqq_core.metrics import bits_per_weight, relative_error, sqnr_db
-from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan
+from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan, stored_tensors
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import (
     TEMPORARY_PREFIX,
     SafetensorsWriter,
+    discard_temporaries,
     read_header,
     sha256_file,
     write_file,
 )
 from hqq_core.solver import quantize
 
-REPORT = "halfquad_report.json"
-MANIFEST = "halfquad_manifest.json"
+CLAIM = f"{TEMPORARY_PREFIX}claim"
+WITH_POINTERS_TO_CODE = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
 N_WORST = 5
 
 Progress = Callable[[int], None]
@@ -114,7 +119,7 @@ def quantize_checkpoint(
     Parameters
     ----------
     source, output : Path
-        `output` must not exist yet, or be empty. On any error it is left as it was found.
+        `output` must not exist yet, or be empty, and not lie in `source`. On any error it is left as it was found.
     recipe : Recipe
     threads : int, optional
         Solver threads; default: one per core.
@@ -127,10 +132,10 @@ def quantize_checkpoint(
     """
     checkpoint = Checkpoint.open(source)
     plan = build_plan(checkpoint, recipe)
+    if output.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{output.name}: lies in the source: wanted a folder beside it")
     existed = output.exists()
-    if existed and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output.name}: exists and is not empty: wanted a new folder for the result")
-    output.mkdir(parents=True, exist_ok=True)
+    _claim(output)
     try:
         results = []
         for shard in plan.shards:
@@ -183,10 +188,14 @@ def quantize_shard(
     files, results = [], []
     with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead:
         _check_unchanged(reader, shard)
+        for name in {tensor.file for tensor in shard.tensors}:
+            discard_temporaries(output / name)
         weights = _read_ahead(reader, shard, ahead)
         for name, tensors in itertools.groupby(shard.tensors, key=lambda tensor: tensor.file):
             group = list(tensors)
-            writer = SafetensorsWriter(output / name, [entry for tensor in group for entry in _layout(plan, tensor)])
+            writer = SafetensorsWriter(
+                output / name, [stored for tensor in group for stored in stored_tensors(tensor, plan.recipe)]
+            )
             try:
                 for tensor in group:
                     if tensor.spec is None:
@@ -217,12 +226,6 @@ def _write_quantized(
     for name, value in writer_of(plan.recipe).encode(tensor.module, quantized).items():
         writer.write(name, value)
     return TensorResult(tensor.name, quantized.numel, quantized.squared_error, quantized.squared_norm)
-
-
-def _layout(plan: Plan, tensor: TensorPlan) -> Layout:
-    if tensor.spec is None:
-        return [(tensor.name, tensor.dtype, tensor.shape)]
-    return writer_of(plan.recipe).layout(tensor.module, tensor.shape, tensor.dtype, tensor.spec)
 
 
 def _read_ahead(reader: ShardReader, shard: ShardPlan, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
@@ -295,20 +298,35 @@ def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: list[ShardRes
     assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
     written = [file for result in results for file in result.files]
     metrics = _metrics(plan, results, written)
-    for path in output.glob(f"{TEMPORARY_PREFIX}*"):
+    for path in output.rglob(f"{TEMPORARY_PREFIX}*"):
         path.unlink(missing_ok=True)
-    extra = {name: checkpoint.read_file(name) for name in checkpoint.carried_files()[0]}
-    extra[CONFIG] = _json(_config(checkpoint, plan))
-    extra[REPORT] = _json(_report(plan, results, metrics))
+    files = [*written, *(_carry(checkpoint, name, output) for name in plan.carried)]
+    ours = {CONFIG: _config(checkpoint, plan), REPORT: _report(checkpoint, plan, results, metrics)}
     if len(written) > 1:
-        extra[INDEX] = _json(_index(plan))
-    for name, data in extra.items():
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(output / name, data)
-    files = written + [ArtifactFile(name, len(data), sha256_file(output / name)) for name, data in extra.items()]
+        ours[INDEX] = _index(plan)
+    files += [ArtifactFile(name, *write_file(output / name, [_json(value)])) for name, value in ours.items()]
     manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
-    write_file(output / MANIFEST, _json(manifest.to_dict()))
+    write_file(output / MANIFEST, [_json(manifest.to_dict())])
     return manifest
+
+
+def _carry(checkpoint: Checkpoint, name: str, output: Path) -> ArtifactFile:
+    """Copy one file, without pointers to code in the repository where such files have them."""
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    pieces = checkpoint.file_pieces(name)
+    if name in WITH_POINTERS_TO_CODE:
+        pieces = iter([_without_auto_map(b"".join(pieces))])
+    return ArtifactFile(name, *write_file(output / name, pieces))
+
+
+def _without_auto_map(raw: bytes) -> bytes:
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw  # not ours to mend
+    if not isinstance(fields, dict) or "auto_map" not in fields:
+        return raw
+    return _json({key: value for key, value in fields.items() if key != "auto_map"})
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -327,7 +345,7 @@ def _may_be_linear(tensor: TensorPlan) -> bool:
 
 
 def _index(plan: Plan) -> dict[str, Any]:
-    weight_map = {name: tensor.file for tensor in plan.tensors for name, _, _ in _layout(plan, tensor)}
+    weight_map = {name: tensor.file for tensor in plan.tensors for name, _, _ in stored_tensors(tensor, plan.recipe)}
     return {"metadata": {"total_size": plan.nbytes_out}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -336,7 +354,8 @@ def _metrics(plan: Plan, results: list[ShardResult], written: list[ArtifactFile]
     tensors = [tensor for result in results for tensor in result.tensors]
     quantized = [tensor for tensor in plan.tensors if tensor.spec]
     error, norm = (sum(getattr(tensor, key) for tensor in tensors) for key in ("squared_error", "squared_norm"))
-    worst = sorted(tensors, key=lambda tensor: -relative_error(tensor.squared_error, tensor.squared_norm))[:N_WORST]
+    errors = [_errors(tensor) for tensor in tensors]
+    worst = sorted(errors, key=lambda tensor: tensor["relative_error"] or 0.0, reverse=True)[:N_WORST]
     return {
         "nbytes_in": plan.nbytes_in,
         "nbytes_out": sum(file.nbytes for file in written),
@@ -347,7 +366,7 @@ def _metrics(plan: Plan, results: list[ShardResult], written: list[ArtifactFile]
             sum(tensor.nbytes_out for tensor in quantized), sum(tensor.numel for tensor in tensors)
         ),
         "relative_error": relative_error(error, norm),
-        "worst_tensors": [_errors(tensor) for tensor in worst],
+        "worst_tensors": worst,
     }
 
 
@@ -359,7 +378,7 @@ def _errors(tensor: TensorResult) -> dict[str, Any]:
     }
 
 
-def _report(plan: Plan, results: list[ShardResult], metrics: dict[str, Any]) -> dict[str, Any]:
+def _report(checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], metrics: dict[str, Any]) -> dict[str, Any]:
     """What became of every tensor, why, and how well."""
     errors = {tensor.name: _errors(tensor) for result in results for tensor in result.tensors}
     tensors = [
@@ -375,12 +394,25 @@ def _report(plan: Plan, results: list[ShardResult], metrics: dict[str, Any]) -> 
         "recipe": plan.recipe.to_dict(),
         "metrics": metrics,
         "files_left_out": list(plan.left_out),
+        "auto_map_removed": "auto_map" in checkpoint.config,
         "tensors": tensors,
     }
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _claim(output: Path) -> None:
+    """Take an empty or new folder for this run alone."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        (output / CLAIM).open("x").close()
+    except FileExistsError as error:
+        raise CheckpointError(f"{output.name}: another run is writing there") from error
+    if sorted(path.name for path in output.iterdir()) != [CLAIM]:
+        (output / CLAIM).unlink()
+        raise CheckpointError(f"{output.name}: exists and is not empty: wanted a new folder for the result")
 
 
 def _empty(folder: Path, *, remove: bool) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 
-def relative_error(squared_error: float, squared_norm: float) -> float:
-    """Relative Frobenius error ||W - W_r|| / ||W||; 0 where both are zero."""
+def relative_error(squared_error: float, squared_norm: float) -> float | None:
+    """Relative Frobenius error ||W - W_r|| / ||W||; None where W is zero and W_r is not."""
     if squared_error == 0:
         return 0.0
-    return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf
+    return math.sqrt(squared_error / squared_norm) if squared_norm else None
 
 
 def sqnr_db(squared_error: float, squared_norm: float) -> float | None:

@@ -7,17 +7,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hqq_core.architectures import Role, role, ties_head
+from hqq_core.architectures import QUANTIZED, Role, role, ties_head
 from hqq_core.checkpoint import SINGLE, Checkpoint
 from hqq_core.errors import CheckpointError, FormatError, SpecError
 from hqq_core.formats import writer_of
-from hqq_core.formats.base import CheckpointWriter
+from hqq_core.formats.base import CheckpointWriter, Layout
 from hqq_core.recipe import Recipe
-from hqq_core.safetensors_file import DTYPES, TensorEntry, tensor_nbytes
+from hqq_core.safetensors_file import DTYPES, TensorEntry, header_nbytes, tensor_nbytes
 from hqq_core.solver import SOLVABLE_DTYPES, resolve_group_size
 from hqq_core.spec import QuantSpec
 
 VERSION = 1
+EMPTY_FILE_NBYTES = 64  # a header without tensors, and its padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Plan:
     recipe: Recipe
     spec: QuantSpec
     shards: tuple[ShardPlan, ...]
+    carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     version: int = VERSION
 
@@ -112,6 +114,7 @@ class Plan:
             recipe=Recipe.from_dict(fields["recipe"]),
             spec=QuantSpec.from_dict(fields["spec"]),
             shards=tuple(_shard_from_dict(shard) for shard in fields["shards"]),
+            carried=tuple(fields["carried"]),
             left_out=tuple(fields["left_out"]),
         )
 
@@ -127,7 +130,9 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     writer = writer_of(recipe)
     spec = writer.check(recipe)
     headers = checkpoint.headers()
-    _check_names(recipe, headers, checkpoint)
+    entries = [entry for file in headers.values() for entry in file.values()]
+    writer.check_model({role(entry.name, entry.shape, checkpoint.config) for entry in entries})
+    _check_names(recipe, entries, checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
         for shard, entries in headers.items()
@@ -135,12 +140,20 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     ]
     if not any(tensor.spec for tensor in tensors):
         raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
-    tensors = _assign_files(tensors, recipe.max_shard_nbytes)
+    tensors = _assign_files(tensors, recipe)
     shards = (
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
         for index, name in enumerate(headers)
     )
-    return Plan(recipe, spec, tuple(shards), tuple(checkpoint.carried_files()[1]))
+    carried, left_out = checkpoint.carried_files()
+    return Plan(recipe, spec, tuple(shards), tuple(carried), tuple(left_out))
+
+
+def stored_tensors(tensor: TensorPlan, recipe: Recipe) -> Layout:
+    """What will be stored for one tensor: (name, safetensors dtype, shape) of each."""
+    if tensor.spec is None:
+        return [(tensor.name, tensor.dtype, tensor.shape)]
+    return writer_of(recipe).layout(tensor.module, tensor.shape, tensor.dtype, tensor.spec)
 
 
 def _plan_tensor(
@@ -167,7 +180,7 @@ def _why_copied(
     if _named(module, recipe.skip_modules):
         return "skip_modules names it"
     asked = entry.name.endswith(".weight") and _named(module, recipe.include_modules)
-    if not asked and kind is not Role.LINEAR:
+    if not asked and kind not in QUANTIZED:
         return str(kind.value)
     reason = _obstacle(entry, kind, spec, writer)
     if asked and kind is Role.HEAD and ties_head(checkpoint.config):
@@ -193,9 +206,9 @@ def _named(module: str, names: Iterable[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _check_names(recipe: Recipe, headers: dict[str, dict[str, TensorEntry]], checkpoint: Checkpoint) -> None:
+def _check_names(recipe: Recipe, entries: list[TensorEntry], checkpoint: Checkpoint) -> None:
     """A name that matches nothing is a slip of the pen: say so."""
-    modules = {name.rpartition(".")[0] for entries in headers.values() for name in entries}
+    modules = {entry.name.rpartition(".")[0] for entry in entries}
     for field in ("include_modules", "skip_modules"):
         for name in getattr(recipe, field):
             if not any(_named(module, [name]) for module in modules):
@@ -205,14 +218,23 @@ def _check_names(recipe: Recipe, headers: dict[str, dict[str, TensorEntry]], che
                 raise SpecError(field, f"{field} {name!r}: no such module in the checkpoint{tied}")
 
 
-def _assign_files(tensors: list[TensorPlan], limit: int) -> list[TensorPlan]:
-    """Cut each shard's tensors, in order, into files of at most `limit` bytes, and number all files through."""
+def _assign_files(tensors: list[TensorPlan], recipe: Recipe) -> list[TensorPlan]:
+    """Cut each shard's tensors, in order, into files no larger than the limit, and number all files through."""
     numbers: list[int] = []
+    seen: set[str] = set()
     current, size, shard = 0, 0, ""
     for tensor in tensors:
-        if tensor.shard != shard or size + tensor.nbytes_out > limit:
-            current, size, shard = current + 1, 0, tensor.shard
-        size += tensor.nbytes_out
+        stored = stored_tensors(tensor, recipe)
+        for name, _, _ in stored:
+            if name in seen:
+                raise CheckpointError(
+                    f"{tensor.shard}: what {tensor.name!r} becomes would be stored as {name!r}, a name taken"
+                )
+            seen.add(name)
+        nbytes = tensor.nbytes_out + header_nbytes(stored)
+        if tensor.shard != shard or size + nbytes > recipe.max_shard_nbytes:
+            current, size, shard = current + 1, EMPTY_FILE_NBYTES, tensor.shard
+        size += nbytes
         numbers.append(current)
     return [
         dataclasses.replace(tensor, file=_file_name(number, current))

@@ -10,6 +10,7 @@ from hqq_core.spec import ZERO_MODES, QuantSpec, ZeroMode, known_fields, require
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000  # what transformers' save_pretrained writes
 MIN_MAX_SHARD_NBYTES = 1_000
+MAX_MAX_SHARD_NBYTES = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Recipe:
     skip_modules : tuple of str
         Modules to copy although they are quantized by default; wins over include_modules.
     max_shard_nbytes : int
-        No written weight file is larger, in bytes, unless it holds a single tensor.
+        No written weight file is larger, in bytes, unless it holds a single weight.
 
     Raises
     ------
@@ -57,8 +58,12 @@ class Recipe:
             )
             object.__setattr__(self, field, tuple(names))
         size = self.max_shard_nbytes
-        sized = isinstance(size, int) and not isinstance(size, bool) and size >= MIN_MAX_SHARD_NBYTES
-        require("max_shard_nbytes", size, sized, f"at least {MIN_MAX_SHARD_NBYTES} bytes")
+        sized = (
+            isinstance(size, int)
+            and not isinstance(size, bool)
+            and MIN_MAX_SHARD_NBYTES <= size <= MAX_MAX_SHARD_NBYTES
+        )
+        require("max_shard_nbytes", size, sized, f"{MIN_MAX_SHARD_NBYTES} to {MAX_MAX_SHARD_NBYTES} bytes")
         self.spec("float")
 
     def spec(self, zero: ZeroMode) -> QuantSpec:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import reprlib
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +27,8 @@ from hqq_core.errors import CheckpointError, StorageFullError
 
 MAX_HEADER_NBYTES = 25_000_000  # the Hub's limit; the safetensors library takes 100 MB
 MAX_NAME_LENGTH = 1024
+MAX_AXES = 16
+MAX_NBYTES = 1 << 62
 CHUNK_NBYTES = 1 << 23  # copies and hashes go in 8 MiB pieces
 
 DTYPES: dict[str, torch.dtype] = {
@@ -108,7 +112,7 @@ def _parse_header(raw: bytes, name: str) -> dict[str, Any]:
 
     try:
         fields = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise CheckpointError(f"{name}: header is no JSON text: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{name}: header is a JSON {type(fields).__name__}: wanted an object")
@@ -122,17 +126,17 @@ def _check_metadata(metadata: Any, name: str) -> None:
 
 def _entry(key: str, value: Any, data_start: int, name: str) -> TensorEntry:
     where = f"{name}: tensor {key[:MAX_NAME_LENGTH]!r}"
-    if not 0 < len(key) <= MAX_NAME_LENGTH:
-        raise CheckpointError(f"{where}: name of {len(key)} characters: wanted 1 to {MAX_NAME_LENGTH}")
+    if not 0 < len(key) <= MAX_NAME_LENGTH or not key.isprintable():
+        raise CheckpointError(f"{where}: name of {len(key)} characters: wanted 1 to {MAX_NAME_LENGTH} printable ones")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: wanted exactly the keys dtype, shape, data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where}: dtype {dtype!r}: wanted one of {', '.join(DTYPES)}")
-    if not _are_sizes(shape):
-        raise CheckpointError(f"{where}: shape {shape!r}: wanted a list of sizes")
+        raise CheckpointError(f"{where}: dtype {reprlib.repr(dtype)}: wanted one of {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > MAX_AXES:
+        raise CheckpointError(f"{where}: shape {reprlib.repr(shape)}: wanted a list of at most {MAX_AXES} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets {offsets!r}: wanted two byte offsets")
+        raise CheckpointError(f"{where}: data_offsets {reprlib.repr(offsets)}: wanted two byte offsets")
     wanted = tensor_nbytes(dtype, shape)
     if offsets[1] - offsets[0] != wanted:
         raise CheckpointError(f"{where}: {offsets[1] - offsets[0]} bytes of data: {dtype} {shape} wants {wanted}")
@@ -140,7 +144,7 @@ def _entry(key: str, value: Any, data_start: int, name: str) -> TensorEntry:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < MAX_NBYTES for size in value)
 
 
 def _check_tiling(entries: list[TensorEntry], data_start: int, size: int, name: str) -> None:
@@ -188,6 +192,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
     entries : dict of TensorEntry by name
     """
     ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]].itemsize)
+    assert len({name for name, _, _ in ordered}) == len(ordered), "a name stands twice"
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, dtype, shape in ordered:
@@ -202,6 +207,11 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
         for name, dtype, shape in ordered
     }
     return struct.pack("<Q", len(text)) + text, entries
+
+
+def header_nbytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """No fewer bytes than these tensors take in a header."""
+    return sum(len(json.dumps(name)) + len(str(shape)) + 96 for name, _, shape in tensors)
 
 
 class SafetensorsWriter:
@@ -254,7 +264,7 @@ class SafetensorsWriter:
         os.close(self._file)
         self._file = -1
         digest = sha256_file(self._temporary)
-        publish(self._temporary, self.path)
+        _publish(self._temporary, self.path)
         return digest
 
     def discard(self) -> None:
@@ -289,7 +299,13 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
 
 
-def publish(temporary: Path, path: Path) -> None:
+def discard_temporaries(path: Path) -> None:
+    """Remove what earlier, killed attempts at `path` left beside it."""
+    for left in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
+        left.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
     """Rename and make the rename durable."""
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -299,18 +315,22 @@ def publish(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file: temporary name, fsync, final name."""
-    temporary = temporary_path(path)
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file as its bytes come: temporary name, fsync, final name. Returns its size and SHA-256."""
+    temporary, digest, nbytes = temporary_path(path), hashlib.sha256(), 0
     try:
         with room(path), temporary.open("xb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                nbytes += len(piece)
             file.flush()
             os.fsync(file.fileno())
-        publish(temporary, path)
+        _publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return nbytes, digest.hexdigest()
 
 
 def reserve(file: int, nbytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ NBITS = (1, 2, 3, 4, 5, 6, 8)
 ZERO_MODES: tuple[str, ...] = get_args(ZeroMode)
 SCALE_DTYPES: tuple[str, ...] = get_args(ScaleDtype)
 VERSION = 1
+MAX_GROUP_SIZE = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,8 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         require("nbits", self.nbits, self.nbits in NBITS and _is_int(self.nbits), f"one of {NBITS}")
-        sized = self.group_size is None or (_is_int(self.group_size) and self.group_size >= 1)
-        require("group_size", self.group_size, sized, "a positive integer, or null for the whole channel")
+        sized = self.group_size is None or (_is_int(self.group_size) and 1 <= self.group_size <= MAX_GROUP_SIZE)
+        require("group_size", self.group_size, sized, f"1 to {MAX_GROUP_SIZE}, or null for the whole channel")
         require("axis", self.axis, _is_int(self.axis) and self.axis in (0, 1), "0 or 1")
         require("zero", self.zero, self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
         require("scale_dtype", self.scale_dtype, self.scale_dtype in SCALE_DTYPES, f"one of {SCALE_DTYPES}")
@@ -111,7 +113,14 @@ def known_fields(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
 def require(field: str, got: object, ok: bool, wanted: str) -> None:
     """Raise a SpecError for `field` unless `ok`."""
     if not ok:
-        raise SpecError(field, f"{field} {got!r}: wanted {wanted}")
+        raise SpecError(field, f"{field} {_short(got)}: wanted {wanted}")
+
+
+def _short(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "of too many digits"
 
 
 def _is_int(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ class CheckpointWriter(Protocol):
     def check(self, recipe: Recipe) -> QuantSpec:
         """Settings for this recipe; FormatError names what the format or its readers cannot hold, and which could."""
 
+    def check_model(self, roles: set[Role]) -> None:
+        """FormatError where no reader of this format takes a model with such tensors."""
+
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """`spec` with scale and zero as stored beside a source of safetensors type `dtype`."""
 
@@ -47,11 +51,11 @@ class CheckpointWriter(Protocol):
 
 def refuse(writer: CheckpointWriter, field: str, got: object, wanted: str) -> FormatError:
     """The FormatError for one setting."""
-    return FormatError(field, f"{field} {got!r}: format {writer.name!r} holds {wanted}")
+    return FormatError(field, f"{field} {reprlib.repr(got)}: format {writer.name!r} holds {wanted}")
 
 
 def refuse_unless_linear(role: Role) -> str | None:
     """Both formats so far replace nn.Linear and nothing else."""
-    if role in (Role.LINEAR, Role.HEAD, Role.ROUTER):
+    if role in (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER):
         return None
     return str(role.value)

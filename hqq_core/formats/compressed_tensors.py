@@ -43,6 +43,11 @@ class CompressedTensorsWriter:
             raise refuse(self, "zero", spec.zero, "'int'; format 'hqq' holds a float zero")
         return spec
 
+    def check_model(self, roles: set[Role]) -> None:
+        """No mixture of experts: transformers 5.23 fuses the experts of such a folder, and drops or misses their weights."""
+        if Role.EXPERT in roles:
+            raise refuse(self, "format", "mixture of experts", "no experts with zero points; format 'hqq' holds them")
+
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """Scales in the model's own type, which the kernels insist on."""
         return dataclasses.replace(spec, scale_dtype=SCALE_DTYPES[dtype])

@@ -39,6 +39,9 @@ class HqqWriter:
             raise refuse(self, "group_size", spec.group_size, "multiples of 8, or null")
         return spec
 
+    def check_model(self, roles: set[Role]) -> None:
+        """Any."""
+
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """Scale and zero as the reader will cast them."""
         return dataclasses.replace(spec, scale_dtype=_SCALE_DTYPES[dtype])

@@ -17,9 +17,10 @@ from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
 TILE_NUMEL = 1 << 17  # 512 KB of float32: stays in a core's second-level cache
+TILE_GROUPS = 32  # at least, and in multiples: the CPU kernel takes as many groups at once
 SOLVABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Tile = tuple[slice, float, float]
+Tile = tuple[slice, float, float, float]  # groups, squared error, squared norm, largest weight
 
 
 def quantize(
@@ -53,7 +54,7 @@ def quantize(
     SpecError
         The group size does not divide the shape.
     TensorError
-        NaN or infinite weights, counted; or a dtype that is not solved.
+        NaN or infinite weights, counted; weights that overflow their dtype when rounded; or a dtype that is not solved.
 
     Examples
     --------
@@ -71,14 +72,15 @@ def quantize(
 
     def solve(rows: slice) -> Tile:
         tile = _to_float32(groups[rows])
-        if not np.isfinite(tile).all():
+        peak = float(np.abs(tile).max())
+        if not math.isfinite(peak):
             raise _not_finite(W, name)
-        return rows, *_solve_tile(tile, spec, out[rows], scale[rows], zero[rows])
+        return rows, *_solve_tile(tile, spec, out[rows], scale[rows], zero[rows]), peak
 
     report = (lambda n: progress(n * group_size)) if progress else None
     tiles = sorted(_run(solve, list(_tiles(n_groups, group_size)), threads, report), key=lambda tile: tile[0].start)
     stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
-    return QuantizedTensor(
+    quantized = QuantizedTensor(
         W_q=codes,
         scale=torch.from_numpy(scale).to(stored).view(column),
         zero=torch.from_numpy(zero).to(stored).view(column),
@@ -88,6 +90,10 @@ def quantize(
         squared_error=math.fsum(tile[1] for tile in tiles),
         squared_norm=math.fsum(tile[2] for tile in tiles),
     )
+    peak, limit = max(tile[3] for tile in tiles), torch.finfo(W.dtype).max
+    if peak > limit / 4 and not quantized.dequantize().isfinite().all():
+        raise TensorError(name, f"weights up to {peak:g} leave {W.dtype} (up to {limit:g}) no room for their rounding")
+    return quantized
 
 
 def resolve_group_size(shape: tuple[int, ...], spec: QuantSpec) -> int:
@@ -106,7 +112,7 @@ def _as_groups(W: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
 
 
 def _tiles(n_groups: int, group_size: int) -> Iterator[slice]:
-    step = max(1, TILE_NUMEL // group_size)
+    step = max(1, TILE_NUMEL // group_size // TILE_GROUPS) * TILE_GROUPS
     return (slice(start, min(start + step, n_groups)) for start in range(0, n_groups, step))
 
 

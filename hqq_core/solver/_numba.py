@@ -16,6 +16,7 @@ from numba import njit
 f32, f64, u32 = np.float32, np.float64, np.uint32
 FLOAT, INT, NONE = 0, 1, 2  # zero modes
 LANES = 32
+LARGEST = np.finfo(np.float32).max
 
 # A block's state: rows of LANES numbers in one float32 and one float64 buffer. One buffer each, so that the compiler sees that
 # rows do not overlap.
@@ -111,7 +112,7 @@ def _start(T, F, D, mode, max_code, middle, low, high, max_zero, stored):
             zero = f64(_round_zero(-small / scale, max_zero, stored))
         F[SCALE + lane] = F[BEST_SCALE + lane] = f32(scale)
         F[ZERO + lane] = F[BEST_ZERO + lane] = f32(zero)
-        F[BEST + lane] = f32(np.inf)
+        F[BEST + lane] = LARGEST
         F[ACTIVE + lane] = f32(1.0)
 
 

@@ -111,7 +111,7 @@ def test_every_file_passes_through_the_opener(tmp_path):
 
     checkpoint = Checkpoint.open(save_llama(tmp_path / "m", n_shards=2), opener)
     checkpoint.headers()
-    checkpoint.read_file("generation_config.json")
+    b"".join(checkpoint.file_pieces("generation_config.json"))
     assert sorted(opened) == [
         "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX,
     ]  # fmt: skip
@@ -134,3 +134,29 @@ def test_code_and_other_weights_are_left_out_of_what_is_carried(tmp_path):
         ["1_Pooling/config.json", "LICENSE", "generation_config.json", "tokenizer.json"],
         ["modeling_x.py", "pytorch_model.bin", "pytorch_model.bin.index.json"],
     )
+
+
+def test_files_that_would_pass_for_ours_are_not_carried(tmp_path):
+    folder = save_llama(tmp_path / "m")
+    (folder / "halfquad_manifest.json").write_text("{}")
+    (folder / "halfquad_report.json").mkdir()
+    (folder / "halfquad_report.json" / "x.json").write_text("{}")
+    assert Checkpoint.open(folder).carried_files() == (["generation_config.json"], [])
+
+
+def test_files_that_cannot_be_carried_are_told_before_the_work(tmp_path):
+    folder = save_llama(tmp_path / "m")
+    with (folder / "train.txt").open("wb") as file:
+        file.truncate(256_000_001)
+    (folder / os.fsdecode(b"\xff.json")).write_text("{}")
+    assert Checkpoint.open(folder).carried_files()[1] == ["\\udcff.json", "train.txt"]
+    (folder / "y.txt").symlink_to("y.txt")
+    with pytest.raises(CheckpointError, match=r"y.txt: cannot be opened: Too many levels of symbolic links"):
+        Checkpoint.open(folder).carried_files()
+
+
+def test_numbers_of_thousands_of_digits_are_refused(tmp_path):
+    folder = save_llama(tmp_path / "m")
+    (folder / "config.json").write_text('{"x": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match=r"config.json: no JSON text"):
+        Checkpoint.open(folder)

@@ -16,7 +16,7 @@ FORMATS = ["hqq", "compressed-tensors"]
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_same_input_same_bytes_for_any_threads_and_any_order_of_shards(tmp_path, name):
-    source = save_llama(tmp_path / "m", layers=3, n_shards=3)
+    source = save_llama(tmp_path / "m", layers=3, hidden=512, n_shards=3)  # several tiles a tensor
     quantize_checkpoint(source, tmp_path / "one", Recipe(format=name), threads=1)
     quantize_checkpoint(source, tmp_path / "two", Recipe(format=name), threads=2)
     (tmp_path / "backwards").mkdir()
@@ -81,11 +81,14 @@ def test_pointers_to_code_do_not_come_along(tmp_path):
     config = llama_config() | {"auto_map": {"AutoModelForCausalLM": "modeling_x.Evil"}}
     source = save_checkpoint(tmp_path / "m", llama_tensors(), config)
     (source / "modeling_x.py").write_text("raise SystemExit")
+    (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "x.Evil"}, "pad": 1}))
     quantize_checkpoint(source, tmp_path / "out", Recipe())
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not (tmp_path / "out" / "modeling_x.py").exists()
     report = json.loads((tmp_path / "out" / "halfquad_report.json").read_text())
     assert report["files_left_out"] == ["modeling_x.py"]
+    assert report["auto_map_removed"] is True
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"pad": 1}
 
 
 def test_copied_linear_layers_are_on_the_ignore_list(tmp_path):
@@ -100,6 +103,44 @@ def nan_checkpoint(folder):
     tensors = llama_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     return save_checkpoint(folder, tensors, llama_config(), n_shards=2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_file_is_larger_than_the_limit(tmp_path, name):
+    limit = 60_000
+    source = save_llama(tmp_path / "m", layers=6, n_shards=2)
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format=name, max_shard_nbytes=limit))
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 4
+    assert max((tmp_path / "out" / file).stat().st_size for file in files) <= limit
+
+
+def test_a_result_in_its_own_source_is_refused(tmp_path):
+    source = save_llama(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="out: lies in the source"):
+        quantize_checkpoint(source, source / "out", Recipe())
+
+
+def test_what_killed_runs_left_is_gone_in_the_end(tmp_path):
+    checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
+    plan = build_plan(checkpoint, Recipe())
+    (tmp_path / "out" / "original").mkdir(parents=True)
+    (tmp_path / "out" / ".partial-0123abcd-model.safetensors").write_bytes(b"x")
+    (tmp_path / "out" / "original" / ".partial-0123abcd-params.json").write_bytes(b"x")
+    result = quantize_shard(checkpoint, plan, 0, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".partial-*"))
+    finish_checkpoint(checkpoint, plan, [result], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob(".partial-*"))
+
+
+def test_an_error_without_measure_is_null_in_json(tmp_path):
+    tensors = llama_tensors(1) | {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 64, dtype=torch.float16)}
+    source = save_checkpoint(tmp_path / "m", tensors, llama_config(1))
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format="hqq", nbits=1, zero="none"))
+    report = json.loads((tmp_path / "out" / "halfquad_report.json").read_text())
+    errors = {tensor["name"]: tensor.get("relative_error") for tensor in report["tensors"]}
+    assert errors["model.layers.0.mlp.up_proj.weight"] is None
 
 
 def test_nan_weights_fail_by_name_and_leave_nothing(tmp_path):

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from hqq_core import Checkpoint, QuantSpec, Recipe, build_plan, quantize, quantize_checkpoint
+from hqq_core.errors import FormatError
 from hqq_core.formats import FORMATS
 from hqq_core.safetensors_file import DTYPES, NAMES
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.oracles import compressed_tensors_weights, hqq_layers
+
+HQQ = Recipe(format="hqq")
 
 
 class WriterContract:
@@ -97,6 +100,16 @@ class TestCompressedTensors(WriterContract):
         assert all(torch.equal(state[f"{module}.weight"], weight) for module, weight in read.items())
         original = llama_tensors()["model.layers.0.mlp.up_proj.weight"]
         assert torch.equal(state["model.layers.0.mlp.up_proj.weight"], original)
+
+    def test_a_mixture_of_experts_is_refused(self, tmp_path):
+        experts = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": torch.zeros(64, 64) for i in range(2)}
+        source = save_checkpoint(tmp_path / "m", llama_tensors(1) | experts, llama_config(1))
+        with pytest.raises(FormatError, match="holds no experts with zero points; format 'hqq' holds them") as caught:
+            build_plan(Checkpoint.open(source), Recipe())
+        assert caught.value.field == "format"
+        assert any(
+            "experts" in tensor.name and tensor.spec for tensor in build_plan(Checkpoint.open(source), HQQ).tensors
+        )
 
     def test_zero_points_are_solved_as_integers(self):
         writer = FORMATS[self.name]

@@ -30,17 +30,28 @@ def plan_of(folder, **settings) -> Plan:
         ("model.layers.1.block_sparse_moe.gate.weight", (8, 64), Role.ROUTER),
         ("model.layers.1.mlp.gate_proj.weight", (64, 64), Role.LINEAR),
         ("model.layers.1.mlp.shared_expert_gate.weight", (1, 64), Role.ROUTER),
-        ("model.layers.1.mlp.experts.3.up_proj.weight", (64, 64), Role.LINEAR),
+        ("model.layers.1.mlp.experts.3.up_proj.weight", (64, 64), Role.EXPERT),
         ("model.layers.1.mlp.experts.gate_up_proj", (8, 64, 64), Role.FUSED),
         ("model.layers.0.input_layernorm.weight", (64,), Role.VECTOR),
         ("layers.0.norm.weight", (2, 64), Role.NORM),
         ("model.layers.0.mamba.A_log", (64, 16), Role.OTHER),
         ("encoder.layer.0.attention.self.query.weight", (64, 64), Role.LINEAR),
         ("h.0.attn.c_attn.weight", (64, 192), Role.LINEAR),
+        ("output.weight", (320, 64), Role.HEAD),
+        ("transformer.output_layer.weight", (320, 64), Role.HEAD),
+        ("vocab_projector.weight", (320, 64), Role.HEAD),
+        ("lm_head.decoder.weight", (320, 64), Role.HEAD),
+        ("classifier.out_proj.weight", (2, 64), Role.HEAD),
+        ("v_head.summary.weight", (1, 64), Role.HEAD),
+        ("layers.3.ffn.up.weight", (320, 64), Role.LINEAR),
+        ("layers.3.mlp.gate.linear.weight", (8, 64), Role.ROUTER),
+        ("layers.3.mlp.router.classifier.weight", (8, 64), Role.ROUTER),
+        ("emb.weight", (320, 64), Role.EMBEDDING),
+        ("weight", (64, 64), Role.OTHER),
     ],
 )
 def test_role_is_told_from_name_and_shape(name, shape, expected):
-    assert role(name, shape, {"model_type": "llama"}) is expected
+    assert role(name, shape, {"model_type": ["llama"], "vocab_size": 320}) is expected
 
 
 def test_conv1d_of_gpt2_is_known():
@@ -118,12 +129,9 @@ def test_a_checkpoint_with_nothing_to_quantize_is_refused(tmp_path):
         plan_of(save_llama(tmp_path / "m"), format="hqq", group_size=128, skip_modules=["down_proj"])
 
 
-def test_every_tensor_is_in_one_file_no_larger_than_the_limit(tmp_path):
-    plan = plan_of(save_llama(tmp_path / "m", layers=3, n_shards=2), max_shard_nbytes=20_000)
-    sizes: dict[str, list[int]] = {}
-    for tensor in plan.tensors:
-        sizes.setdefault(tensor.file, []).append(tensor.nbytes_out)
-    total = len(sizes)
-    assert total > 4
-    assert sorted(sizes) == [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    assert all(sum(parts) <= 20_000 or len(parts) == 1 for parts in sizes.values())
+def test_names_that_would_collide_in_the_result_are_refused(tmp_path):
+    tensors = llama_tensors(1) | {"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(64, 1)}
+    with pytest.raises(
+        CheckpointError, match=r"stored as 'model.layers.0.self_attn.q_proj.weight_scale', a name taken"
+    ):
+        plan_of(save_checkpoint(tmp_path / "m", tensors, llama_config(1)))

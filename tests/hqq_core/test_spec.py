@@ -22,6 +22,13 @@ def test_spec_rejects_what_cannot_exist_and_names_the_field(field, value):
     assert caught.value.code == "invalid_setting"
 
 
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_beyond_reason_are_refused_in_a_short_message(digits):
+    with pytest.raises(SpecError, match="group_size") as caught:
+        QuantSpec(group_size=10**digits)
+    assert len(str(caught.value)) < 200
+
+
 def test_spec_survives_json():
     spec = QuantSpec(nbits=3, group_size=None, zero="int", lp_norm=0.7)
     assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
