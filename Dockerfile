@@ -14,13 +14,14 @@ ENV PATH=/opt/halfquad/bin:$PATH \
 FROM base AS build
 ARG TORCH_INDEX=
 RUN python3 -m venv /opt/halfquad
+COPY constraints.txt /src/
 # torch alone, in a layer that a change of ours leaves in the cache
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "torch>=2.8"
+RUN pip install --no-cache-dir --constraint /src/constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch
 COPY pyproject.toml README.md LICENSE /src/
 COPY hqq_core /src/hqq_core
 COPY service /src/service
 COPY worker /src/worker
-RUN pip install --no-cache-dir /src
+RUN pip install --no-cache-dir --constraint /src/constraints.txt /src
 
 FROM base AS runtime
 COPY --from=build /opt/halfquad /opt/halfquad

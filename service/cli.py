@@ -1,6 +1,6 @@
 """halfquad: one command. Data goes to stdout, talk to stderr; commands load what they need when they run.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed, also where the system refuses a file, 2 bad input, 130 interrupted.
 """
 
 import json
@@ -61,7 +61,7 @@ def main() -> NoReturn:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """What an error of ours ends the command with; None for a bug."""
+    """What an error of ours, or of the system, ends the command with; None for a bug."""
     from hqq_core.errors import HalfquadError, StorageFullError
     from service.client import HalfquadClientError, InvalidRequestError, NotFoundError
     from service.common.errors import ServiceError
@@ -71,7 +71,7 @@ def _exit_code(error: Exception) -> int | None:
             return 1
         case HalfquadError() | InvalidRequestError() | NotFoundError():
             return 2
-        case HalfquadClientError() | ServiceError():
+        case HalfquadClientError() | ServiceError() | OSError():
             return 1
         case _:
             return None
@@ -183,7 +183,7 @@ def quantize(
     include: Include = None,
     skip: Skip = None,
     max_shard_nbytes: MaxShard = None,
-    threads: Annotated[int | None, typer.Option(help="Solver threads; all cores unless given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Solver threads; all cores unless given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint into a new folder; needs no service."""

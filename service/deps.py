@@ -3,9 +3,10 @@
 import re
 from typing import Annotated
 
-from fastapi import Depends, Header, Path, Request
+from fastapi import Depends, Header, Path, Query, Request
 
 from service.jobs import Service
+from service.schemas import NoQuery
 
 MAX_WAIT_S = 60
 
@@ -19,6 +20,10 @@ def _wait_s(prefer: Annotated[str | None, Header()] = None) -> int:
     """Seconds of `Prefer: wait=N` (RFC 7240); a preference that cannot be read is no preference."""
     found = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", prefer or "", re.IGNORECASE)
     return min(int(found[1]), MAX_WAIT_S) if found else 0
+
+
+def no_query(query: Annotated[NoQuery, Query()]) -> None:
+    """For routes without parameters: what is not known is refused, not passed over."""
 
 
 ServiceDep = Annotated[Service, Depends(_service)]

@@ -71,15 +71,13 @@ class Download:
 
 def submit(service: Service, body: JobCreate, *, idempotency_key: str | None = None, wait_s: float = 0) -> Answer:
     """A new job, durable with its key and its way to the workers; or what the key was answered with before."""
+    fingerprint = _fingerprint(body)
+    # before anything can be refused: what was answered once stands
+    if idempotency_key is not None and (stored := _find_answer(service, idempotency_key, fingerprint)):
+        return stored
     recipe = _check_recipe(body.recipe)
     service.roots.resolve(body.source.path)
-    fingerprint = _fingerprint(body)
     with service.database.write() as session:
-        record = None
-        if idempotency_key is not None:
-            record = repository.find_idempotency(session, idempotency_key, "POST", JOBS_PATH)
-        if record is not None:
-            return _replay(record, fingerprint, at=repository.now(session))
         job = repository.insert_job(
             session,
             source=body.source.model_dump(),
@@ -198,6 +196,12 @@ def _check_recipe(body: RecipeBody) -> Recipe:
 def _fingerprint(body: JobCreate) -> str:
     canonical = json.dumps(body.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _find_answer(service: Service, idempotency_key: str, fingerprint: str) -> Answer | None:
+    with service.database.write() as session:
+        record = repository.find_idempotency(session, idempotency_key, "POST", JOBS_PATH)
+        return _replay(record, fingerprint, at=repository.now(session)) if record is not None else None
 
 
 def _replay(record: IdempotencyRecord, fingerprint: str, *, at: Any) -> Answer:

@@ -1,9 +1,9 @@
 """Request and response bodies."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from hqq_core.recipe import DEFAULT_MAX_SHARD_NBYTES
 from service.common.status import JobStatus, Phase
@@ -13,6 +13,16 @@ LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-
 LabelValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,255}$")]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 ModuleNames = Annotated[list[ModuleName], Field(max_length=4096)]
+
+
+def _utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("in UTC it lies outside the years 1 to 9999") from None
+
+
+Time = Annotated[AwareDatetime, AfterValidator(_utc)]
 
 
 class RequestBody(BaseModel):
@@ -64,10 +74,25 @@ class JobQuery(RequestBody):
     status: list[JobStatus] = []
     label: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^:\x00-\x1f]+:[^\x00-\x1f]*$")]], Field()] = []
     """`key:value`; all must match."""
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Time | None = None
+    created_before: Time | None = None
     q: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,255}$")] | None = None
     """Part of an id or of a source path."""
+
+
+class EventQuery(RequestBody):
+    """Which events of a job."""
+
+    after: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Events that follow this sequence number."""
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    """Of a list; a stream has no limit."""
+    last_event_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Of a stream: as the header, where a client cannot set one."""
+
+
+class NoQuery(RequestBody):
+    """No parameters."""
 
 
 class Progress(ResponseBody):

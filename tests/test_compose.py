@@ -112,6 +112,18 @@ def test_broker_keeps_what_it_is_given() -> None:
     assert "--maxmemory-policy noeviction" in command
 
 
+def test_images_have_the_versions_that_the_tests_ran_with() -> None:
+    assert "constraints.txt" in (ROOT / "Makefile").read_text()
+    installs = [line for line in instructions("RUN") if "pip install" in line]
+    assert [("torch" in line, "--constraint /src/constraints.txt" in line) for line in installs] == [
+        (True, True),
+        (False, True),
+    ]
+    copied_at = next(at for at, line in enumerate(INSTRUCTIONS) if re.match(r"COPY .*constraints\.txt", line))
+    assert copied_at < next(at for at, line in enumerate(INSTRUCTIONS) if "pip install" in line)
+    assert SERVICES["worker"]["build"]["args"]["TORCH_INDEX"] == "${TORCH_INDEX:-}"
+
+
 def test_images_hold_what_the_project_needs_and_no_more() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert instructions("ENTRYPOINT") == ['["halfquad"]']
@@ -120,7 +132,8 @@ def test_images_hold_what_the_project_needs_and_no_more() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert ignored[0] == "*"
     assert copied == {line.removeprefix("!") for line in ignored if line.startswith("!")}
-    assert {"hqq_core", "service", "worker", "pyproject.toml", project["readme"], *project["license-files"]} == copied
+    needed = {"hqq_core", "service", "worker", "pyproject.toml", project["readme"], *project["license-files"]}
+    assert copied == needed | {"constraints.txt"}
     for name in instructions("ENV"):
         for variable in re.findall(r"HALFQUAD_(\w+)=", name):
             assert variable.lower() in Settings.model_fields

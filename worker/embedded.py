@@ -222,8 +222,12 @@ class Supervisor:
 @contextmanager
 def lock_data_dir(data_dir: Path) -> Iterator[None]:
     """Hold the data directory alone; the lock goes with the process, however it ends."""
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (data_dir / "lock").open("a+") as lock:
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (data_dir / "lock").open("a+")
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -237,13 +241,15 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
 
 def refuse_taken_port(host: str, port: int) -> None:
     """An early word, where the API's own would come late and in the middle of a log."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-        except OSError as error:
-            raise StartError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    except OSError as error:
+        raise StartError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise StartError(f"cannot listen on {host} port {port}: not a host name") from error
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

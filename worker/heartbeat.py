@@ -71,6 +71,9 @@ class Heartbeat:
                 self._stop = Stop.LEASE_LOST
             except SQLAlchemyError as error:
                 logger.warning("The database did not answer a heartbeat.", action="beat_missed", reason=str(error))
+            except Exception:
+                # as with the database: the lease's age decides, the thread goes on
+                logger.exception("A heartbeat failed; it is tried again.", action="beat_failed")
             if time.monotonic() - self._renewed_at > self._settings.lease_s:
                 self._stop = Stop.LEASE_LOST  # by now it may be another's: no need to ask
 

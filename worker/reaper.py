@@ -1,6 +1,7 @@
 """Housekeeping in every worker: units of dead workers, files of dead jobs, and messages that never went."""
 
 import threading
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -10,6 +11,7 @@ from service.common.errors import Unavailable
 from worker.workplace import Workplace
 
 LEASE = "housekeeping"
+SWEEP_S = 3600.0  # whoever ends a job removes its files; a crash between the two is rare
 FOLDERS_AT_ONCE = 500  # in one query
 
 logger = structlog.get_logger(__name__)
@@ -24,6 +26,7 @@ class Housekeeper(threading.Thread):
         self._owner = name
         self._over = threading.Event()
         self._lease_s = 4 * workplace.settings.housekeeping_s
+        self._swept_at: float | None = None
 
     def run(self) -> None:
         while True:
@@ -50,10 +53,16 @@ class Housekeeper(threading.Thread):
             reaping = repository.take_lease(session, LEASE, self._owner, ttl_s=self._lease_s)
         if reaping:
             reap(self._workplace)
-            discard_files(self._workplace, list(self._workplace.store.job_ids()))
+            self._sweep()
             with self._workplace.database.write() as session:
                 repository.purge(session)
         outbox.dispatch(self._workplace.database, self._workplace.broker, self._workplace.settings)
+
+    def _sweep(self) -> None:
+        """All folders are looked through at the start and then seldom: results stay, so there may be many."""
+        if self._swept_at is None or time.monotonic() - self._swept_at >= SWEEP_S:
+            discard_files(self._workplace, list(self._workplace.store.job_ids()))
+            self._swept_at = time.monotonic()
 
 
 def reap(workplace: Workplace) -> None:
@@ -68,6 +77,7 @@ def reap(workplace: Workplace) -> None:
             )
         if job is not None:
             logger.warning("Took a unit from a lost worker.", action="unit_reaped", unit_id=unit_id, job_id=job.id)
+            discard_files(workplace, [job.id])
 
 
 def discard_files(workplace: Workplace, job_ids: Sequence[str]) -> None:

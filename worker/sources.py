@@ -11,11 +11,13 @@ UNREADABLE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, 
 
 
 def open_source(source: dict[str, Any], roots: SourceRoots) -> Checkpoint:
-    """The source with its headers read; every file of it, now and later, is opened by the roots."""
+    """The source, its config and index read; every file of it, now and later, is opened by the roots."""
     folder = roots.resolve(source["path"])
     try:
+        if not folder.is_dir():
+            raise SourceNotFound(f"{folder.name}: no such folder")
         return Checkpoint.open(folder, opener=roots.open)
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise
-        raise SourceNotFound(f"the source {folder.name} cannot be read: {error.strerror}") from error
+        raise SourceNotFound(f"{folder.name}: cannot be read: {error.strerror}") from error

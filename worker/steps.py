@@ -13,6 +13,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from hqq_core import convert
+from hqq_core.checkpoint import MANIFEST
 from hqq_core.convert import ArtifactFile, ShardResult
 from hqq_core.errors import Cancelled, CheckpointError, StorageFullError
 from hqq_core.plan import Plan, build_plan
@@ -108,7 +109,7 @@ def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     """From headers alone: what becomes of every tensor, and whether there is room for it."""
     checkpoint = open_source(claim.source, workplace.roots)
     plan = build_plan(checkpoint, Recipe.from_dict(claim.recipe))
-    _check_room(workplace, plan.nbytes_out)
+    workplace.store.check_room(plan.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
     workplace.store.create(claim.job_id)
     workplace.store.write_plan(claim.job_id, plan.to_dict())
     shards = [ShardWork(shard.index, shard.nbytes_in) for shard in plan.shards]
@@ -120,7 +121,8 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
     """One input shard, solved and written."""
     plan = Plan.from_dict(workplace.store.read_plan(claim.job_id))
     checkpoint = open_source(claim.source, workplace.roots)
-    _check_room(workplace, plan.shards[claim.index].nbytes_out)
+    nbytes_planned = plan.shards[claim.index].nbytes_out
+    workplace.store.check_room(nbytes_planned, reserve_nbytes=workplace.settings.min_free_nbytes)
     result = convert.quantize_shard(
         checkpoint,
         plan,
@@ -142,11 +144,13 @@ def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
         results = [ShardResult.from_dict(result) for result in repository.shard_results(session, claim.job_id)]
     before = 0
     for result in results:
-        _verify(workplace, claim, result, _from(before, heartbeat.progress))
+        _verify(result, output, before, heartbeat)
         before += sum(file.nbytes for file in result.files)
     checkpoint = open_source(claim.source, workplace.roots)
     manifest = convert.finish_checkpoint(checkpoint, plan, results, output)
-    artifacts = [asdict(file) for file in (*manifest.files, _describe_file(output / convert.MANIFEST))]
+    written = output / MANIFEST
+    last = ArtifactFile(written.name, written.stat().st_size, sha256_file(written))
+    artifacts = [asdict(file) for file in (*manifest.files, last)]
     with workplace.database.write() as session:
         return repository.finish_succeeded(session, claim, artifacts=artifacts, metrics=manifest.metrics)
 
@@ -158,20 +162,8 @@ STEPS: dict[UnitKind, Callable[[Workplace, Claim, Heartbeat], Job]] = {
 }
 
 
-def _verify(workplace: Workplace, claim: Claim, result: ShardResult, progress: Callable[[int], None]) -> None:
+def _verify(result: ShardResult, output: Path, before: int, heartbeat: Heartbeat) -> None:
     try:
-        convert.verify_shard(result, workplace.store.output(claim.job_id), progress=progress)
+        convert.verify_shard(result, output, progress=lambda nbytes_done: heartbeat.progress(before + nbytes_done))
     except CheckpointError as error:
         raise ResultDamaged(f"what was written is not what was solved: {error}") from error
-
-
-def _describe_file(path: Path) -> ArtifactFile:
-    return ArtifactFile(path.name, path.stat().st_size, sha256_file(path))
-
-
-def _from(before: int, progress: Callable[[int], None]) -> Callable[[int], None]:
-    return lambda nbytes_done: progress(before + nbytes_done)
-
-
-def _check_room(workplace: Workplace, nbytes: int) -> None:
-    workplace.store.check_room(nbytes, reserve_nbytes=workplace.settings.min_free_nbytes)

@@ -5,7 +5,7 @@ import time
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse
@@ -15,17 +15,24 @@ from service.api.events import frames
 from service.api.problems import responses
 from service.common.models import Job
 from service.common.repository import Page
-from service.deps import IdempotencyKey, JobId, ServiceDep, WaitDep
+from service.deps import IdempotencyKey, JobId, ServiceDep, WaitDep, no_query
 from service.jobs import Answer, Service
-from service.schemas import ArtifactList, EventBody, EventList, JobBody, JobCreate, JobList, JobQuery
+from service.schemas import ArtifactList, EventBody, EventList, EventQuery, JobBody, JobCreate, JobList, JobQuery
 
 RETRY_AFTER_S = 2
 WAIT_POLL_S = 0.2
+PLAIN = [Depends(no_query)]
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=responses(422, 500, 503))
 
 
-@router.post("", status_code=202, response_model=JobBody, responses={200: {"model": JobBody}, **responses(409, 413)})
+@router.post(
+    "",
+    status_code=202,
+    response_model=JobBody,
+    responses={200: {"model": JobBody}, **responses(409, 413)},
+    dependencies=PLAIN,
+)
 async def create_job(
     body: JobCreate, service: ServiceDep, wait_s: WaitDep, idempotency_key: IdempotencyKey = None
 ) -> Response:
@@ -53,7 +60,12 @@ def list_jobs(
     )
 
 
-@router.get("/{job_id}", response_model=JobBody, responses={304: {"description": "Not Modified"}, **responses(404)})
+@router.get(
+    "/{job_id}",
+    response_model=JobBody,
+    responses={304: {"description": "Not Modified"}, **responses(404)},
+    dependencies=PLAIN,
+)
 def get_job(
     job_id: JobId, response: Response, service: ServiceDep, if_none_match: Annotated[str | None, Header()] = None
 ) -> Job | Response:
@@ -67,7 +79,12 @@ def get_job(
     return job
 
 
-@router.post("/{job_id}/cancel", response_model=JobBody, responses={202: {"model": JobBody}, **responses(404, 409)})
+@router.post(
+    "/{job_id}/cancel",
+    response_model=JobBody,
+    responses={202: {"model": JobBody}, **responses(404, 409)},
+    dependencies=PLAIN,
+)
 def cancel_job(job_id: JobId, response: Response, service: ServiceDep) -> Job:
     """Stop a job: at once where it has not begun, within seconds where it runs."""
     job, stopping = jobs.cancel(service, job_id)
@@ -89,27 +106,25 @@ def cancel_job(job_id: JobId, response: Response, service: ServiceDep) -> Job:
 def list_events(
     job_id: JobId,
     service: ServiceDep,
-    after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    query: Annotated[EventQuery, Query()],
     accept: Annotated[str, Header()] = "*/*",
     last_event_id: Annotated[int | None, Header(ge=0, lt=2**63)] = None,
-    last_event_id_query: Annotated[int | None, Query(alias="last_event_id", ge=0, lt=2**63)] = None,
 ) -> EventList | Response:
     """Events after a sequence number, as a list or, with `Accept: text/event-stream`, as they come."""
     if "text/event-stream" in accept:
-        seen = next((seq for seq in (last_event_id, last_event_id_query) if seq is not None), after)
+        seen = next((seq for seq in (last_event_id, query.last_event_id) if seq is not None), query.after)
         return _stream(service, job_id, seen)
-    found = jobs.events(service, job_id, after=after, limit=limit + 1)
-    data = [EventBody.model_validate(event) for event in found[:limit]]
-    return EventList(data=data, has_more=len(found) > limit)
+    found = jobs.events(service, job_id, after=query.after, limit=query.limit + 1)
+    data = [EventBody.model_validate(event) for event in found[: query.limit]]
+    return EventList(data=data, has_more=len(found) > query.limit)
 
 
-@router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=responses(404))
+@router.get("/{job_id}/artifacts", response_model=ArtifactList, responses=responses(404), dependencies=PLAIN)
 def list_artifacts(job_id: JobId, service: ServiceDep) -> ArtifactList:
     return ArtifactList(data=jobs.artifacts(service, job_id))
 
 
-@router.head("/{job_id}/artifacts/{name:path}", include_in_schema=False)
+@router.head("/{job_id}/artifacts/{name:path}", include_in_schema=False, dependencies=PLAIN)
 @router.get(
     "/{job_id}/artifacts/{name:path}",
     response_class=FileResponse,
@@ -119,6 +134,7 @@ def list_artifacts(job_id: JobId, service: ServiceDep) -> ArtifactList:
         304: {"description": "Not Modified"},
         **responses(404, 416),
     },
+    dependencies=PLAIN,
 )
 def download_artifact(
     job_id: JobId, name: str, service: ServiceDep, if_none_match: Annotated[str | None, Header()] = None

@@ -39,7 +39,7 @@ def _split_paths(value: Any) -> Any:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Settings(BaseSettings):

@@ -80,6 +80,8 @@ def test_quantize_talks_to_people_too(tmp_path: Path, halfquad: Run) -> None:
         (["--group-size", "some"], "--group-size"),
         (["--format", "gptq"], "gptq"),
         (["--colour", "red"], "--colour"),
+        (["--threads", "-1"], "--threads"),
+        (["--threads", "0"], "--threads"),
     ],
 )
 def test_bad_settings_end_with_2_and_name_the_setting(
@@ -100,6 +102,16 @@ def test_bad_source_ends_with_2_and_leaves_nothing(tmp_path: Path, halfquad: Run
     _, stderr = halfquad("quantize", source, "--output", tmp_path / "out", code=2)
     assert "pytorch_model.bin" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_made_is_an_error_in_one_line(tmp_path: Path, halfquad: Run) -> None:
+    source, file = save_llama(tmp_path / "tiny"), tmp_path / "file"
+    file.touch()
+    _, stderr = halfquad("quantize", source, "--output", file / "out", code=1)
+    bar, said = stderr.splitlines()
+    assert "tiny" in bar
+    assert said.startswith("error: ")
+    assert "Not a directory" in said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

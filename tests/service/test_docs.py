@@ -9,7 +9,7 @@ from service.common.errors import LeaseLost, NotMigrated, Refused, ServiceError
 from service.common.events import EventType
 from service.common.settings import Settings
 from service.common.status import JobStatus, Phase
-from service.schemas import JobCreate, JobQuery, Problem, RecipeBody
+from service.schemas import EventQuery, JobCreate, JobQuery, Problem, RecipeBody
 
 API = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
@@ -43,7 +43,7 @@ def test_every_word_is_there(words):
     assert {word for word in words if f"`{word}`" not in API} == set()
 
 
-@pytest.mark.parametrize("model", [Problem, JobQuery], ids=["problem", "query"])
+@pytest.mark.parametrize("model", [Problem, JobQuery, EventQuery], ids=["problem", "query", "events"])
 def test_every_field_is_there(model):
     assert {field for field in model.model_fields if field not in API} == set()
 

@@ -120,6 +120,18 @@ def test_taken_port_is_said_at_once() -> None:
     refuse_taken_port("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["no host", "a..b", "x" * 64])
+def test_host_without_an_address_is_named(host: str) -> None:
+    with pytest.raises(StartError, match=f"cannot listen on {host} port 8000: .+"):
+        refuse_taken_port(host, 8000)
+
+
+def test_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match="file/data: Not a directory"), lock_data_dir(tmp_path / "file" / "data"):
+        pass
+
+
 def test_up_refuses_a_directory_in_use_and_leaves_it_alone(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -83,6 +83,27 @@ def test_unit_stops_by_itself_when_the_database_is_silent_for_a_lease(
         wait_for(lambda: heartbeat.stop is Stop.LEASE_LOST)
 
 
+@pytest.mark.parametrize("lease_s", [0.2, 60])
+def test_unexpected_error_ends_no_heartbeat_and_only_the_lease_decides(
+    foreman: Foreman, workplace: Workplace, source: Path, monkeypatch: pytest.MonkeyPatch, lease_s: float
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no new thread")
+
+    job = foreman.submit(source)
+    claim = foreman.claim_next()
+    heartbeat = Heartbeat(workplace, claim, leaving=threading.Event())
+    heartbeat._settings = workplace.settings.model_copy(update={"lease_s": lease_s})
+    with heartbeat:
+        with monkeypatch.context() as patched:
+            for name in ("get_job", "renew_lease", "save_progress"):
+                patched.setattr(repository, name, broken)
+            time.sleep(0.4)
+        foreman.cancel(job)
+        wait_for(lambda: heartbeat.stop)
+    assert heartbeat.stop is (Stop.LEASE_LOST if lease_s < 1 else Stop.JOB_OVER)
+
+
 def test_unit_stops_when_its_worker_leaves(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     foreman.submit(source)
     leaving = threading.Event()

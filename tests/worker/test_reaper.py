@@ -1,6 +1,7 @@
 import time
 from pathlib import Path
 
+import pytest
 import redis
 from sqlalchemy import select, update
 
@@ -9,7 +10,8 @@ from service.common.models import Lease, Unit
 from service.common.queue import KEY_PREFIX, QUEUE
 from service.common.status import JobStatus
 from tests.worker.conftest import Foreman
-from worker.reaper import LEASE, Housekeeper, discard_files, reap
+from worker import reaper
+from worker.reaper import LEASE, Housekeeper, reap
 from worker.workplace import Workplace
 
 
@@ -56,8 +58,7 @@ def test_unit_that_kills_its_workers_fails_its_job(foreman: Foreman, workplace: 
     assert job.status == JobStatus.FAILED
     assert job.error is not None
     assert (job.error["code"], job.error["retryable"]) == ("worker_lost", True)
-    discard_files(workplace, list(workplace.store.job_ids()))
-    assert list(workplace.store.job_ids()) == []
+    assert list(workplace.store.job_ids()) == [], "whoever ends a job removes its files"
 
 
 def test_cancelled_job_of_a_lost_worker_is_brought_to_its_end(
@@ -74,8 +75,24 @@ def test_cancelled_job_of_a_lost_worker_is_brought_to_its_end(
 def test_files_of_a_living_job_stay(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     job = foreman.submit(source)
     foreman.run_next()
-    discard_files(workplace, list(workplace.store.job_ids()))
+    lose_worker(foreman)
+    Housekeeper(workplace, "worker@here").keep()
     assert list(workplace.store.job_ids()) == [job.id]
+
+
+def test_folders_are_looked_through_at_the_start_and_then_seldom(
+    foreman: Foreman, workplace: Workplace, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = foreman.submit(source)
+    foreman.cancel(job)
+    housekeeper = Housekeeper(workplace, "worker@here")
+    kept = []
+    for period_s in (reaper.SWEEP_S, reaper.SWEEP_S, 0):
+        workplace.store.create(job.id)  # as a crash leaves it
+        monkeypatch.setattr(reaper, "SWEEP_S", period_s)
+        housekeeper.keep()
+        kept.append(list(workplace.store.job_ids()))
+    assert kept == [[], [job.id], []]
 
 
 def test_housekeeping_sends_what_waits(foreman: Foreman, workplace: Workplace, source: Path, redis_url: str) -> None:

@@ -62,12 +62,18 @@ def test_pipe_is_refused_without_waiting_for_its_writer(root: Path) -> None:
         open_source(source(inside), SourceRoots([root])).headers()
 
 
-def test_missing_folder_has_its_own_error(root: Path) -> None:
-    with pytest.raises((CheckpointError, SourceNotFound), match="gone"):
+def test_missing_folder_is_not_found(root: Path) -> None:
+    with pytest.raises(SourceNotFound, match="gone: no such folder"):
         open_source(source(root / "gone"), SourceRoots([root]))
 
 
-def test_file_in_place_of_a_folder_has_its_own_error(root: Path) -> None:
+def test_file_in_place_of_a_folder_is_no_folder(root: Path) -> None:
     (root / "file").write_text("")
-    with pytest.raises((CheckpointError, SourceNotFound), match="file"):
+    with pytest.raises(SourceNotFound, match="file: no such folder"):
         open_source(source(root / "file"), SourceRoots([root]))
+
+
+def test_folder_that_is_no_checkpoint_is_found_and_refused(root: Path) -> None:
+    (root / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="in the folder"):
+        open_source(source(root / "empty"), SourceRoots([root]))

@@ -107,6 +107,21 @@ def test_refused_source_fails_at_the_first_start(foreman: Foreman, workplace: Wo
     assert not workplace.store.folder(job.id).exists()
 
 
+def test_shard_that_cannot_be_opened_fails_at_the_first_start(
+    foreman: Foreman, workplace: Workplace, source: Path
+) -> None:
+    job = foreman.submit(source)
+    foreman.run_next()
+    shard = source / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard)  # which nobody can open, not even root
+    foreman.run_all()
+    job = foreman.get(job)
+    assert job.error is not None
+    assert (job.error["code"], job.error["type"], job.attempt) == ("invalid_checkpoint", "user", 1)
+    assert shard.name in job.error["message"]
+
+
 def test_unknown_error_is_tried_again_then_fails_the_job(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     job = foreman.submit(source, max_attempts=2)
     foreman.run_next()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -214,6 +215,23 @@ def test_same_key_and_body_is_the_same_answer(api, body, api_hand):
     assert len(api.get("/v1/jobs").json()["data"]) == 1
 
 
+@pytest.mark.parametrize("change", [{"source_roots": ()}, {"source_roots": (Path("/elsewhere"),)}])
+def test_first_answer_stands_where_the_body_would_now_be_refused(api, body, settings, change):
+    headers = {"Idempotency-Key": "k"}
+    first = api.post("/v1/jobs", json=body, headers=headers)
+    with TestClient(create_app(settings.model_copy(update=change))) as stricter:
+        again = stricter.post("/v1/jobs", json=body, headers=headers)
+        assert (again.status_code, again.json()) == (202, first.json())
+        assert stricter.post("/v1/jobs", json=body).json()["code"] == "source_not_allowed"
+
+
+def test_key_of_another_body_is_told_of_before_what_is_wrong_with_this_one(api, body):
+    headers = {"Idempotency-Key": "k"}
+    api.post("/v1/jobs", json=body, headers=headers)
+    response = api.post("/v1/jobs", json=body | {"recipe": {"nbits": 7}}, headers=headers)
+    assert (response.status_code, response.json()["code"]) == (422, "idempotency_key_reused")
+
+
 def test_same_key_with_another_body_is_refused(api, body):
     headers = {"Idempotency-Key": "k"}
     api.post("/v1/jobs", json=body, headers=headers)
@@ -339,6 +357,8 @@ def test_list_filters(api, submit):
         ({"status": "done"}, "query/status/0"),
         ({"label": "team"}, "query/label/0"),
         ({"created_after": "2026-01-01"}, "query/created_after"),
+        ({"created_after": "0001-01-01T00:00:00+14:00"}, "query/created_after"),
+        ({"created_before": "9999-12-31T23:59:59-14:00"}, "query/created_before"),
         ({"after": "job_x", "before": "job_y"}, "query/before"),
         ({"after": "job_x"}, "query/after"),
         ({"after": "\0"}, "query/after"),
@@ -350,6 +370,20 @@ def test_list_refuses_what_it_does_not_know(api, params, pointer):
     response = api.get("/v1/jobs", params=params)
     assert response.status_code == 422
     assert response.json()["errors"][0]["pointer"] == pointer
+
+
+@pytest.mark.parametrize("rest", ["", "/events", "/artifacts", "/artifacts/config.json", "/cancel"])
+def test_unknown_parameter_is_refused(api, done, rest):
+    """Before anything is done."""
+    response = api.request("POST" if rest == "/cancel" else "GET", f"/v1/jobs/{done}{rest}", params={"foo": 1})
+    problem = response.json()
+    assert (response.status_code, problem["code"]) == (422, "request_invalid")
+    assert [(error["pointer"], error["code"]) for error in problem["errors"]] == [("query/foo", "extra_forbidden")]
+
+
+def test_job_with_an_unknown_parameter_is_not_submitted(api, body):
+    assert api.post("/v1/jobs", json=body, params={"wait": 5}).status_code == 422
+    assert api.get("/v1/jobs").json()["data"] == []
 
 
 # Cancelling

@@ -48,7 +48,9 @@ def test_no_source_root_is_the_default():
     assert Settings().source_roots == ()
 
 
-@pytest.mark.parametrize(("name", "value"), [("port", -1), ("lease_s", 0), ("max_attempts", 0), ("log_level", "LOUD")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("port", 0), ("port", 65536), ("lease_s", 0), ("max_attempts", 0), ("log_level", "LOUD")]
+)
 def test_nonsense_is_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})
