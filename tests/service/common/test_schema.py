@@ -6,7 +6,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect
 
-from service.common.errors import NotMigrated
+from service.common.errors import NotMigrated, Unavailable
 from service.common.models import Base
 from service.common.schema import check_head, downgrade, migrate
 from service.common.session import Database
@@ -44,4 +44,12 @@ def test_two_may_migrate_at_once(database_url):
         assert process.returncode == 0, stderr.decode()
     database = Database(database_url)
     check_head(database)
+    database.close()
+
+
+@pytest.mark.parametrize("reach", [migrate, check_head])
+def test_a_database_that_does_not_answer_is_unavailable(reach):
+    database = Database("postgresql://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(Unavailable, match="the database does not answer: connection failed"):
+        reach(database)
     database.close()
