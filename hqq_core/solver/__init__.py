@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from hqq_core.solver._precision import STORED_TYPES
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
-TILE_NUMEL = 1 << 17  # 512 KB of float32: stays in a core's second-level cache
+TILE_NUMEL = 1 << 16  # 256 KB of float32: stays in a core's second-level cache, and small weights still share the cores
 TILE_GROUPS = 32  # at least, and in multiples: the CPU kernel takes as many groups at once
 SOLVABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,17 +121,23 @@ def _run(
     solve: Callable[[slice], Tile], tiles: list[slice], threads: int | None, report: Callable[[int], None] | None
 ) -> Iterator[Tile]:
     """Solve tiles on a few threads (the kernels hold no lock); an error in one stops the rest."""
-    with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, len(tiles))) as pool:
-        futures = [pool.submit(solve, tile) for tile in tiles]
-        try:
-            for future in as_completed(futures):
-                tile = future.result()
-                if report:
-                    report(tile[0].stop - tile[0].start)  # groups
-                yield tile
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    futures = [_pool(threads or os.cpu_count() or 1).submit(solve, tile) for tile in tiles]
+    try:
+        for future in as_completed(futures):
+            tile = future.result()
+            if report:
+                report(tile[0].stop - tile[0].start)  # groups
+            yield tile
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept for the next tensor: starting a thread takes as long as solving 50,000 weights."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="solver")
 
 
 def _to_float32(tile: torch.Tensor) -> NDArray[np.float32]:
