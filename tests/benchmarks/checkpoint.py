@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -93,7 +94,7 @@ def build(folder: Path, nbytes: int) -> int:
     folder.mkdir()
     layer_nbytes = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FEED_FORWARD)
     layers_per_shard = SHARD_NBYTES // layer_nbytes
-    n_shards = round(nbytes / (layers_per_shard * layer_nbytes))
+    n_shards = math.ceil(nbytes / (layers_per_shard * layer_nbytes))
     weight_map = {}
     for i in range(n_shards):
         file = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
