@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hqq_core.checkpoint import Checkpoint as Checkpoint
-    from hqq_core.convert import Manifest as Manifest
-    from hqq_core.convert import ShardResult as ShardResult
     from hqq_core.convert import finish_checkpoint as finish_checkpoint
     from hqq_core.convert import quantize_checkpoint as quantize_checkpoint
     from hqq_core.convert import quantize_shard as quantize_shard
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from hqq_core.plan import TensorPlan as TensorPlan
     from hqq_core.plan import build_plan as build_plan
     from hqq_core.recipe import Recipe as Recipe
+    from hqq_core.results import Manifest as Manifest
+    from hqq_core.results import ShardResult as ShardResult
     from hqq_core.solver import quantize as quantize
     from hqq_core.spec import QuantSpec as QuantSpec
     from hqq_core.tensors import QuantizedTensor as QuantizedTensor
@@ -29,12 +29,12 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "FORMATS": "formats",
     "HalfquadError": "errors",
-    "Manifest": "convert",
+    "Manifest": "results",
     "Plan": "plan",
     "QuantSpec": "spec",
     "QuantizedTensor": "tensors",
     "Recipe": "recipe",
-    "ShardResult": "convert",
+    "ShardResult": "results",
     "TensorPlan": "plan",
     "build_plan": "plan",
     "finish_checkpoint": "convert",

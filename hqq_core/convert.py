@@ -6,13 +6,11 @@ may run twice with the same result, and the manifest is written last: its presen
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,10 @@ from hqq_core.architectures import Role
 from hqq_core.checkpoint import CONFIG, INDEX, MANIFEST, REPORT, Checkpoint, ShardReader
 from hqq_core.errors import CheckpointError
 from hqq_core.formats import writer_of
-from hqq_core.metrics import bits_per_weight, relative_error, sqnr_db
 from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan, stored_tensors
 from hqq_core.recipe import Recipe
+from hqq_core.report import metrics_of, report_of
+from hqq_core.results import ArtifactFile, Manifest, ShardResult, TensorResult
 from hqq_core.safetensors_file import (
     TEMPORARY_PREFIX,
     SafetensorsWriter,
@@ -42,68 +41,8 @@ WITH_POINTERS_TO_CODE = (
     "preprocessor_config.json",
     "generation_config.json",
 )
-N_WORST = 5
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ArtifactFile:
-    """One written file."""
-
-    name: str
-    nbytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class TensorResult:
-    """How well one tensor was quantized."""
-
-    name: str
-    numel: int
-    squared_error: float
-    squared_norm: float
-
-
-@dataclass(frozen=True, slots=True)
-class ShardResult:
-    """What one input shard became."""
-
-    index: int
-    files: tuple[ArtifactFile, ...]
-    tensors: tuple[TensorResult, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ShardResult:
-        """Build from `to_dict`'s result, also after a trip through JSON."""
-        return cls(
-            fields["index"],
-            tuple(ArtifactFile(**file) for file in fields["files"]),
-            tuple(TensorResult(**tensor) for tensor in fields["tensors"]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """A finished folder: every file but the manifest itself, and the figures of the whole."""
-
-    files: tuple[ArtifactFile, ...]
-    metrics: dict[str, Any]
-    version: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
-        """Build from `to_dict`'s result, also after a trip through JSON."""
-        return cls(tuple(ArtifactFile(**file) for file in fields["files"]), fields["metrics"], fields["version"])
 
 
 def quantize_checkpoint(
@@ -297,11 +236,11 @@ def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: list[ShardRes
     results = sorted(results, key=lambda result: result.index)
     assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
     written = [file for result in results for file in result.files]
-    metrics = _metrics(plan, results, written)
+    metrics = metrics_of(plan, results, written)
     for path in output.rglob(f"{TEMPORARY_PREFIX}*"):
         path.unlink(missing_ok=True)
     files = [*written, *(_carry(checkpoint, name, output) for name in plan.carried)]
-    ours = {CONFIG: _config(checkpoint, plan), REPORT: _report(checkpoint, plan, results, metrics)}
+    ours = {CONFIG: _config(checkpoint, plan), REPORT: report_of(checkpoint, plan, results, metrics)}
     if len(written) > 1:
         ours[INDEX] = _index(plan)
     files += [ArtifactFile(name, *write_file(output / name, [_json(value)])) for name, value in ours.items()]
@@ -347,56 +286,6 @@ def _may_be_linear(tensor: TensorPlan) -> bool:
 def _index(plan: Plan) -> dict[str, Any]:
     weight_map = {name: tensor.file for tensor in plan.tensors for name, _, _ in stored_tensors(tensor, plan.recipe)}
     return {"metadata": {"total_size": plan.nbytes_out}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _metrics(plan: Plan, results: list[ShardResult], written: list[ArtifactFile]) -> dict[str, Any]:
-    """Figures of the whole; the same for the same input, so no times."""
-    tensors = [tensor for result in results for tensor in result.tensors]
-    quantized = [tensor for tensor in plan.tensors if tensor.spec]
-    error, norm = (sum(getattr(tensor, key) for tensor in tensors) for key in ("squared_error", "squared_norm"))
-    errors = [_errors(tensor) for tensor in tensors]
-    worst = sorted(errors, key=lambda tensor: tensor["relative_error"] or 0.0, reverse=True)[:N_WORST]
-    return {
-        "nbytes_in": plan.nbytes_in,
-        "nbytes_out": sum(file.nbytes for file in written),
-        "tensors_quantized": len(tensors),
-        "tensors_copied": sum(1 for tensor in plan.tensors if tensor.spec is None),
-        "weights_quantized": sum(tensor.numel for tensor in tensors),
-        "bits_per_weight": bits_per_weight(
-            sum(tensor.nbytes_out for tensor in quantized), sum(tensor.numel for tensor in tensors)
-        ),
-        "relative_error": relative_error(error, norm),
-        "worst_tensors": worst,
-    }
-
-
-def _errors(tensor: TensorResult) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "relative_error": relative_error(tensor.squared_error, tensor.squared_norm),
-        "sqnr_db": sqnr_db(tensor.squared_error, tensor.squared_norm),
-    }
-
-
-def _report(checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], metrics: dict[str, Any]) -> dict[str, Any]:
-    """What became of every tensor, why, and how well."""
-    errors = {tensor.name: _errors(tensor) for result in results for tensor in result.tensors}
-    tensors = [
-        {
-            "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
-            "reason": tensor.reason, "nbytes_in": tensor.nbytes_in, "nbytes_out": tensor.nbytes_out,
-            "spec": tensor.spec.to_dict() if tensor.spec else None,
-            **{key: value for key, value in errors.get(tensor.name, {}).items() if key != "name"},
-        }
-        for tensor in plan.tensors
-    ]  # fmt: skip
-    return {
-        "recipe": plan.recipe.to_dict(),
-        "metrics": metrics,
-        "files_left_out": list(plan.left_out),
-        "auto_map_removed": "auto_map" in checkpoint.config,
-        "tensors": tensors,
-    }
 
 
 def _json(value: dict[str, Any]) -> bytes:

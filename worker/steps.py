@@ -14,10 +14,10 @@ from structlog.contextvars import bound_contextvars
 
 from hqq_core import convert
 from hqq_core.checkpoint import MANIFEST
-from hqq_core.convert import ArtifactFile, ShardResult
 from hqq_core.errors import Cancelled, CheckpointError, StorageFullError
 from hqq_core.plan import Plan, build_plan
 from hqq_core.recipe import Recipe
+from hqq_core.results import ArtifactFile, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from service.common import outbox, repository
 from service.common.errors import LeaseLost, ResultDamaged, Unavailable, describe, is_final

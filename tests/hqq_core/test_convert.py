@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from hqq_core import Checkpoint, Recipe, build_plan, finish_checkpoint, quantize_checkpoint, quantize_shard
-from hqq_core.convert import MANIFEST, Manifest, ShardResult, verify_shard
+from hqq_core.checkpoint import MANIFEST
+from hqq_core.convert import verify_shard
 from hqq_core.errors import Cancelled, CheckpointError, StorageFullError, TensorError
+from hqq_core.results import Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.oracles import stored_tensors

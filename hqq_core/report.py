@@ -1,0 +1,64 @@
+"""The quality report: what became of every tensor, why, and how well. The same for the same input, so no times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hqq_core.checkpoint import Checkpoint
+from hqq_core.metrics import bits_per_weight, relative_error, sqnr_db
+from hqq_core.plan import Plan
+from hqq_core.results import ArtifactFile, ShardResult, TensorResult
+
+N_WORST = 5
+
+
+def metrics_of(plan: Plan, results: list[ShardResult], written: list[ArtifactFile]) -> dict[str, Any]:
+    """Figures of the whole; the same for the same input, so no times."""
+    tensors = [tensor for result in results for tensor in result.tensors]
+    quantized = [tensor for tensor in plan.tensors if tensor.spec]
+    error, norm = (sum(getattr(tensor, key) for tensor in tensors) for key in ("squared_error", "squared_norm"))
+    errors = [_errors(tensor) for tensor in tensors]
+    worst = sorted(errors, key=lambda tensor: tensor["relative_error"] or 0.0, reverse=True)[:N_WORST]
+    return {
+        "nbytes_in": plan.nbytes_in,
+        "nbytes_out": sum(file.nbytes for file in written),
+        "tensors_quantized": len(tensors),
+        "tensors_copied": sum(1 for tensor in plan.tensors if tensor.spec is None),
+        "weights_quantized": sum(tensor.numel for tensor in tensors),
+        "bits_per_weight": bits_per_weight(
+            sum(tensor.nbytes_out for tensor in quantized), sum(tensor.numel for tensor in tensors)
+        ),
+        "relative_error": relative_error(error, norm),
+        "worst_tensors": worst,
+    }
+
+
+def _errors(tensor: TensorResult) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "relative_error": relative_error(tensor.squared_error, tensor.squared_norm),
+        "sqnr_db": sqnr_db(tensor.squared_error, tensor.squared_norm),
+    }
+
+
+def report_of(
+    checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """What became of every tensor, why, and how well."""
+    errors = {tensor.name: _errors(tensor) for result in results for tensor in result.tensors}
+    tensors = [
+        {
+            "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
+            "reason": tensor.reason, "nbytes_in": tensor.nbytes_in, "nbytes_out": tensor.nbytes_out,
+            "spec": tensor.spec.to_dict() if tensor.spec else None,
+            **{key: value for key, value in errors.get(tensor.name, {}).items() if key != "name"},
+        }
+        for tensor in plan.tensors
+    ]  # fmt: skip
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "metrics": metrics,
+        "files_left_out": list(plan.left_out),
+        "auto_map_removed": "auto_map" in checkpoint.config,
+        "tensors": tensors,
+    }

@@ -1,0 +1,66 @@
+"""What a conversion gives: files and errors of a shard, and the manifest of the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactFile:
+    """One written file."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """How well one tensor was quantized."""
+
+    name: str
+    numel: int
+    squared_error: float
+    squared_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What one input shard became."""
+
+    index: int
+    files: tuple[ArtifactFile, ...]
+    tensors: tuple[TensorResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ShardResult:
+        """Build from `to_dict`'s result, also after a trip through JSON."""
+        return cls(
+            fields["index"],
+            tuple(ArtifactFile(**file) for file in fields["files"]),
+            tuple(TensorResult(**tensor) for tensor in fields["tensors"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A finished folder: every file but the manifest itself, and the figures of the whole."""
+
+    files: tuple[ArtifactFile, ...]
+    metrics: dict[str, Any]
+    version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
+        """Build from `to_dict`'s result, also after a trip through JSON."""
+        return cls(tuple(ArtifactFile(**file) for file in fields["files"]), fields["metrics"], fields["version"])
