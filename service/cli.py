@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -191,15 +191,30 @@ def quantize(
     from hqq_core.recipe import Recipe
 
     recipe = Recipe.from_dict(_recipe(nbits, group_size, format, axis, zero, include, skip, max_shard_nbytes))
-    # as Ctrl-C: what was half written goes
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _bytes_bar(source.name) as report:
-        manifest = quantize_checkpoint(source, output, recipe, threads=threads or os.cpu_count() or 1, progress=report)
+        progress = _stopping_on_signals(report)
+        manifest = quantize_checkpoint(
+            source, output, recipe, threads=threads or os.cpu_count() or 1, progress=progress
+        )
     if as_json:
         _print_json({"output": str(output), **manifest.to_dict()})
     else:
         _print_metrics(manifest.metrics)
         typer.echo(f"written to         {output}")
+
+
+def _stopping_on_signals(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """`report`, which also ends the command after Ctrl-C or SIGTERM: raised elsewhere, they could leave a lock held for ever."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+
+    def progress(nbytes_done: int, nbytes_total: int) -> None:
+        if received:
+            sys.exit(128 + received[0])  # what was half written goes
+        report(nbytes_done, nbytes_total)
+
+    return progress
 
 
 def _recipe(

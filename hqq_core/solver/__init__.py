@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -79,7 +79,7 @@ def quantize(
         return rows, *_solve_tile(tile, spec, out[rows], scale[rows], zero[rows]), peak
 
     report = (lambda n: progress(n * group_size)) if progress else None
-    tiles = sorted(_run(solve, list(_tiles(n_groups, group_size)), threads, report), key=lambda tile: tile[0].start)
+    tiles = list(_run(solve, list(_tiles(n_groups, group_size)), threads, report))
     stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
     quantized = QuantizedTensor(
         W_q=codes,
@@ -120,18 +120,18 @@ def _tiles(n_groups: int, group_size: int) -> Iterator[slice]:
 def _run(
     solve: Callable[[slice], Tile], tiles: list[slice], threads: int | None, report: Callable[[int], None] | None
 ) -> Iterator[Tile]:
-    """Solve tiles on a few threads (the kernels hold no lock); an error in one stops the rest."""
+    """Solve tiles on a few threads (the kernels hold no lock), in order; an error in one stops the rest."""
     futures = [_pool(threads or os.cpu_count() or 1).submit(solve, tile) for tile in tiles]
     try:
-        for future in as_completed(futures):
+        for future in futures:
             tile = future.result()
             if report:
                 report(tile[0].stop - tile[0].start)  # groups
             yield tile
     finally:
         for future in futures:
-            future.cancel()
-        wait(futures)
+            if not future.cancel():
+                future.exception()  # waits: nobody writes into the outputs after us
 
 
 @cache
