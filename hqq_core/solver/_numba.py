@@ -23,8 +23,8 @@ LARGEST = np.finfo(np.float32).max
 SCALE, ZERO, INVERSE, OBJECTIVE, SUM_Q, SUM_QQ, SUM_T, SUM_QT = (LANES * i for i in range(8))
 BEST_SCALE, BEST_ZERO, BEST, ACTIVE = (LANES * i for i in range(8, 12))
 N_FLOAT32 = 12 * LANES
-FLOOR, UNIT, PER_UNIT, LOW, HIGH = (LANES * i for i in range(5))
-N_FLOAT64 = 5 * LANES
+FLOOR, UNIT, PER_UNIT = (LANES * i for i in range(3))
+N_FLOAT64 = 3 * LANES
 
 # Multiply-adds may be fused; sums keep their order. Weights are finite, the caller looked.
 _jit = njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
