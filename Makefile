@@ -27,7 +27,7 @@ test-all: install            ## with many more random cases
 	.ci/servers
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
 
-bench: install               ## measured ratios, both sides in one run
+bench: install               ## measured ratios, both sides in one run; models as a whole: tests/benchmarks/study.py (hours)
 	$(BIN)/python -m tests.benchmarks.solver
 	$(BIN)/python -m tests.benchmarks.checkpoint
 

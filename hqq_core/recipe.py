@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hqq_core.spec import ZERO_MODES, QuantSpec, ZeroMode, known_fields, require
 
+Preset = Literal["fast", "balanced", "best"]
+EnergyMode = Literal["auto", "synthetic", "analytic", "none"]
+
+ENERGY_MODES: tuple[str, ...] = get_args(EnergyMode)
+# iters and starts of a QuantSpec; "balanced" is also its default.
+PRESETS: dict[Preset, tuple[int, int]] = {"fast": (2, 4), "balanced": (5, 8), "best": (10, 24)}
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000  # what transformers' save_pretrained writes
 MIN_MAX_SHARD_NBYTES = 1_000
 MAX_MAX_SHARD_NBYTES = 1 << 50
@@ -21,10 +27,15 @@ class Recipe:
     ----------
     format : str
         Name of a writer in `hqq_core.formats.FORMATS`.
-    nbits, group_size, axis, iters
+    nbits, group_size, axis
         As in QuantSpec.
+    preset : {"fast", "balanced", "best"}
+        How long the solver searches; docs/solver.md has what each costs and gains.
     zero : {"float", "int", "none"} or None
         None takes what the format holds best.
+    energy : {"auto", "synthetic", "analytic", "none"}
+        Where the weights of the columns come from: random tokens, the weights alone, or nowhere (h = 1). "auto" takes the
+        first of these that can be had, tensor by tensor; the plan and the report say which.
     include_modules : tuple of str
         Modules to quantize although they are copied by default (`lm_head`, ...): full names, or last parts of them.
     skip_modules : tuple of str
@@ -39,11 +50,12 @@ class Recipe:
     """
 
     format: str = "compressed-tensors"
-    nbits: int = 4
+    nbits: float = 4
     group_size: int | None = 64
     axis: int = 1
     zero: ZeroMode | None = None
-    iters: int = 10
+    preset: Preset = "balanced"
+    energy: EnergyMode = "auto"
     include_modules: tuple[str, ...] = ()
     skip_modules: tuple[str, ...] = ()
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
@@ -51,6 +63,8 @@ class Recipe:
     def __post_init__(self) -> None:
         require("format", self.format, isinstance(self.format, str), "the name of a format")
         require("zero", self.zero, self.zero is None or self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
+        require("preset", self.preset, self.preset in tuple(PRESETS), f"one of {tuple(PRESETS)}")
+        require("energy", self.energy, self.energy in ENERGY_MODES, f"one of {ENERGY_MODES}")
         for field in ("include_modules", "skip_modules"):
             names = getattr(self, field)
             require(
@@ -68,8 +82,14 @@ class Recipe:
 
     def spec(self, zero: ZeroMode) -> QuantSpec:
         """Settings of one tensor, with `zero` where the recipe leaves it open."""
+        iters, starts = PRESETS[self.preset]
         return QuantSpec(
-            nbits=self.nbits, group_size=self.group_size, axis=self.axis, zero=self.zero or zero, iters=self.iters
+            nbits=self.nbits,
+            group_size=self.group_size,
+            axis=self.axis,
+            zero=self.zero or zero,
+            iters=iters,
+            starts=starts,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from hqq_core.errors import SpecError
 ZeroMode = Literal["float", "int", "none"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
-NBITS = (1, 2, 3, 4, 5, 6, 8)
+NBITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
+TERNARY = 1.58
 ZERO_MODES: tuple[str, ...] = get_args(ZeroMode)
 SCALE_DTYPES: tuple[str, ...] = get_args(ScaleDtype)
 VERSION = 1
@@ -25,8 +26,8 @@ class QuantSpec:
 
     Parameters
     ----------
-    nbits : int
-        Bits per code: 1, 2, 3, 4, 5, 6 or 8.
+    nbits : int or 1.58
+        Bits per code: 1, 2, 3, 4, 5, 6 or 8; 1.58 has three codes, stored as two bits.
     group_size : int or None
         Weights that share one (scale, zero); None takes the whole channel.
     axis : int
@@ -36,7 +37,9 @@ class QuantSpec:
     scale_dtype : {"float32", "float16", "bfloat16"}
         What scale and zero are stored as; they are rounded to it before the codes are chosen.
     iters : int
-        Least-squares steps after the min-max start; 0 is round to nearest.
+        Least-squares steps; 0 with one start is round to nearest.
+    starts : int
+        Clipped starts that are tried, each for a step or two; the best goes on for `iters` steps.
     lp_norm : float
         Norm p of the objective sum |w - s(q - z)|^p, 0 < p <= 2. At 2 the shrinkage step is the identity.
     beta, kappa : float
@@ -53,44 +56,51 @@ class QuantSpec:
     8
     """
 
-    nbits: int = 4
+    nbits: float = 4
     group_size: int | None = 64
     axis: int = 1
     zero: ZeroMode = "float"
     scale_dtype: ScaleDtype = "float16"
-    iters: int = 10
+    iters: int = 5
+    starts: int = 8
     lp_norm: float = 2.0
     beta: float = 10.0
     kappa: float = 1.01
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        require("nbits", self.nbits, self.nbits in NBITS and _is_int(self.nbits), f"one of {NBITS}")
+        require("nbits", self.nbits, _is_nbits(self.nbits), f"one of {NBITS}")
         sized = self.group_size is None or (_is_int(self.group_size) and 1 <= self.group_size <= MAX_GROUP_SIZE)
         require("group_size", self.group_size, sized, f"1 to {MAX_GROUP_SIZE}, or null for the whole channel")
         require("axis", self.axis, _is_int(self.axis) and self.axis in (0, 1), "0 or 1")
         require("zero", self.zero, self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
         require("scale_dtype", self.scale_dtype, self.scale_dtype in SCALE_DTYPES, f"one of {SCALE_DTYPES}")
         require("iters", self.iters, _is_int(self.iters) and 0 <= self.iters <= 1000, "an integer from 0 to 1000")
+        require("starts", self.starts, _is_int(self.starts) and 1 <= self.starts <= 1000, "an integer from 1 to 1000")
         require("lp_norm", self.lp_norm, _is_real(self.lp_norm) and 0 < self.lp_norm <= 2, "above 0 and at most 2")
         require("beta", self.beta, _is_real(self.beta) and 0 < self.beta < 1e6, "a positive number")
         require("kappa", self.kappa, _is_real(self.kappa) and 1 <= self.kappa <= 10, "from 1 to 10")
         require("version", self.version, self.version == VERSION, f"{VERSION}, the only one so far")
 
     @property
+    def code_bits(self) -> int:
+        """Whole bits that a code is stored in."""
+        return 2 if self.nbits == TERNARY else int(self.nbits)
+
+    @property
     def levels(self) -> int:
         """Number of codes, 2 ** nbits."""
-        return 1 << self.nbits
+        return 3 if self.nbits == TERNARY else 1 << self.code_bits
 
     @property
     def max_code(self) -> int:
-        """Largest code Q = 2 ** nbits - 1."""
+        """Largest code Q = levels - 1."""
         return self.levels - 1
 
     @property
     def middle(self) -> float:
-        """The zero of symmetric mode: 2 ** (nbits - 1), as signed integers have it; 0.5 at one bit, for +-scale/2."""
-        return 0.5 if self.nbits == 1 else float(1 << (self.nbits - 1))
+        """The zero of symmetric mode: levels // 2, as signed integers have it; 0.5 at one bit, for +-scale/2."""
+        return 0.5 if self.nbits == 1 else float(self.levels // 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -121,6 +131,10 @@ def _short(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # an integer of thousands of digits
         return "of too many digits"
+
+
+def _is_nbits(value: object) -> bool:
+    return value in NBITS and (_is_int(value) or value == TERNARY)
 
 
 def _is_int(value: object) -> bool:

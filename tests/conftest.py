@@ -14,11 +14,16 @@ from pathlib import Path
 import psycopg
 import pytest
 import redis
+import torch
 
 START_TIMEOUT_S = 30
 
 for name in [name for name in os.environ if name.startswith("HALFQUAD_")]:
     del os.environ[name]  # a developer's own settings are none of the tests' business
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, which looks once
 
 
 @pytest.fixture(scope="session")

@@ -61,16 +61,16 @@ class CompressedTensorsWriter:
         rows, columns = shape
         n_groups = columns // resolve_group_size(shape, spec)
         return [
-            (f"{module}.weight_packed", "I32", (rows, math.ceil(columns * spec.nbits / 32))),
+            (f"{module}.weight_packed", "I32", (rows, math.ceil(columns * spec.code_bits / 32))),
             (f"{module}.weight_scale", NAMES[TORCH_DTYPES[spec.scale_dtype]], (rows, n_groups)),
-            (f"{module}.weight_zero_point", "I32", (math.ceil(rows * spec.nbits / 32), n_groups)),
+            (f"{module}.weight_zero_point", "I32", (math.ceil(rows * spec.code_bits / 32), n_groups)),
             (f"{module}.weight_shape", "I64", (2,)),
         ]
 
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Codes packed along the inputs, zero points along the outputs."""
         rows, columns = tensor.shape
-        nbits = tensor.spec.nbits
+        nbits = tensor.spec.code_bits
         zero = tensor.zero.view(rows, -1).to(torch.uint8)
         return {
             f"{module}.weight_packed": pack_dense(tensor.W_q.view(rows, columns), nbits),
@@ -82,7 +82,7 @@ class CompressedTensorsWriter:
     def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """One scheme for all linear layers; transformers needs "dequantize", others ignore it."""
         weights = {
-            "num_bits": spec.nbits, "type": "int", "symmetric": False, "strategy": "group",
+            "num_bits": spec.code_bits, "type": "int", "symmetric": False, "strategy": "group",
             "group_size": spec.group_size, "dynamic": False,
         }  # fmt: skip
         scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}

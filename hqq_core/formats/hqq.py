@@ -50,7 +50,7 @@ class HqqWriter:
         """Codes are packed across groups, so the rows of the grouped matrix must fill whole bytes."""
         if reason := refuse_unless_linear(role):
             return reason
-        rows, per_byte = _grouped_shape(shape, spec)[0], STRIDED_PER_WORD[spec.nbits]
+        rows, per_byte = _grouped_shape(shape, spec)[0], STRIDED_PER_WORD[spec.code_bits]
         if spec.nbits != 3 and rows % per_byte:
             return f"{rows} rows of groups do not fill bytes of {per_byte} codes"
         return None
@@ -60,7 +60,7 @@ class HqqWriter:
         rows, columns = _grouped_shape(shape, spec)
         n_groups = columns if spec.axis == 0 else rows
         side = (1, n_groups) if spec.axis == 0 else (n_groups, 1)
-        packed = (math.ceil(rows / STRIDED_PER_WORD[spec.nbits]), columns)
+        packed = (math.ceil(rows / STRIDED_PER_WORD[spec.code_bits]), columns)
         stored = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[spec.scale_dtype]
         constants = _constants(shape, DTYPES[dtype], spec)
         return [
@@ -73,7 +73,7 @@ class HqqWriter:
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """HQQLinear.state_dict() as tensors."""
         stored = {
-            "W_q": pack_strided(tensor.W_q, tensor.spec.nbits),
+            "W_q": pack_strided(tensor.W_q, tensor.spec.code_bits),
             "scale": tensor.scale,
             "zero": tensor.zero,
             **_constants(tensor.shape, tensor.dtype, tensor.spec),
@@ -83,7 +83,7 @@ class HqqWriter:
     def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """As transformers 4.57 writes it."""
         weights = {
-            "nbits": spec.nbits, "channel_wise": True, "group_size": spec.group_size, "optimize": True,
+            "nbits": spec.code_bits, "channel_wise": True, "group_size": spec.group_size, "optimize": True,
             "round_zero": spec.nbits == 4, "axis": spec.axis, "view_as_float": False,
         }  # fmt: skip
         return {
@@ -104,8 +104,8 @@ def _grouped_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
 
 def _constants(shape: tuple[int, ...], dtype: torch.dtype, spec: QuantSpec) -> dict[str, torch.Tensor]:
     """The meta data of one layer, encoded as hqq.core.utils.encode_safetensor_type does."""
-    packing = _PACKING[spec.nbits]
-    numbers = {"nbits": spec.nbits, "group_size": resolve_group_size(shape, spec), "axis": spec.axis}
+    packing = _PACKING[spec.code_bits]
+    numbers = {"nbits": spec.code_bits, "group_size": resolve_group_size(shape, spec), "axis": spec.axis}
     flags = {
         "channel_wise": True, "optimize": True, "round_zero": spec.nbits == 4, "view_as_float": False,
         "quant_scale": False, "quant_zero": False, "offload_meta": False,

@@ -7,30 +7,56 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hqq_core.errors import SpecError, TensorError
+from hqq_core.solver import _reference
 from hqq_core.solver._precision import STORED_TYPES
+from hqq_core.solver._starts import starts, trial_iters
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
-TILE_NUMEL = 1 << 16  # 256 KB of float32: stays in a core's second-level cache, and small weights still share the cores
-TILE_GROUPS = 32  # at least, and in multiples: the CPU kernel takes as many groups at once
+# Weights of a tile: small weights share the cores all the same, and what each call costs does not show in large ones.
+MIN_TILE_NUMEL, MAX_TILE_NUMEL, N_TILES = 1 << 16, 1 << 19, 64
+MIN_ROWS = 32  # the lanes of a kernel's block, which share a column of energies
 SOLVABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Tile = tuple[slice, float, float, float]  # groups, squared error, squared norm, largest weight
+
+class Tile(NamedTuple):
+    """What one thread solves at a time: rows, and columns of whole groups."""
+
+    rows: slice
+    columns: slice
+
+    @property
+    def n_columns(self) -> int:
+        """Weights per row."""
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return int(self.rows.stop - self.rows.start) * self.n_columns
+
+
+Solved = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, float, float
+]  # codes, scale, zero, squared error, squared norm
 
 
 def quantize(
     W: torch.Tensor,
     spec: QuantSpec,
     *,
+    energy: torch.Tensor | None = None,
     name: str = "W",
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> QuantizedTensor:
     """Quantize one weight without data.
 
@@ -39,12 +65,17 @@ def quantize(
     W : Tensor [shape=(..., in_features)], float32, float16 or bfloat16
         On the CPU. For axis 1 its last size, for axis 0 its first, must be a multiple of the group size.
     spec : QuantSpec
+    energy : Tensor [shape=(in_features,) or W.shape[:-2] + (in_features,)], float32, optional
+        Mean square of what each input column is multiplied with, none negative: the weight of its squared errors. Default: all
+        alike. With axis 0 a group lies in one input column, and so it makes no difference.
     name : str
         What errors call the tensor.
     threads : int, optional
         Solver threads; default: one per core. The answer does not depend on it.
     progress : callable, optional
         Gets the number of weights of each finished tile; what it raises stops the work.
+    device : torch.device or str
+        Where the solve runs: "cpu", or a CUDA device, to which W is streamed; the result is on the CPU.
 
     Returns
     -------
@@ -55,7 +86,8 @@ def quantize(
     SpecError
         The group size does not divide the shape.
     TensorError
-        NaN or infinite weights, counted; weights that overflow their dtype when rounded; or a dtype that is not solved.
+        NaN or infinite weights, counted; weights that overflow their dtype when rounded; a dtype that is not solved; energies
+        that do not fit, or are none.
 
     Examples
     --------
@@ -65,36 +97,85 @@ def quantize(
     if W.dtype not in SOLVABLE_DTYPES:
         raise TensorError(name, f"dtype {W.dtype}: wanted one of {', '.join(map(str, SOLVABLE_DTYPES))}")
     group_size = resolve_group_size(tuple(W.shape), spec)
-    groups = _as_groups(W, group_size, spec.axis)  # (n_groups, group_size); strided for axis 0
-    n_groups = groups.shape[0]
-    codes = torch.empty((n_groups, group_size) if spec.axis == 1 else (group_size, n_groups), dtype=torch.uint8)
-    scale, zero = np.empty(n_groups, np.float32), np.empty(n_groups, np.float32)
-    out = codes.numpy() if spec.axis == 1 else codes.numpy().T
-
-    def solve(rows: slice) -> Tile:
-        tile = _to_float32(groups[rows])
-        peak = float(np.abs(tile).max())
-        if not math.isfinite(peak):
-            raise _not_finite(W, name)
-        return rows, *_solve_tile(tile, spec, out[rows], scale[rows], zero[rows]), peak
-
-    report = (lambda n: progress(n * group_size)) if progress else None
-    tiles = list(_run(solve, list(_tiles(n_groups, group_size)), threads, report))
+    weights = None if energy is None else _group_energy(energy, W, group_size, spec.axis, name)
+    on = torch.device(device)
+    if on.type == "cpu":
+        codes, scale, zero, squared_error, squared_norm = _solve_on_cpu(W, spec, weights, group_size, threads, progress)
+    else:
+        codes, scale, zero, squared_error, squared_norm = _solve_on_gpu(W, spec, weights, group_size, on, progress)
+    if math.isnan(squared_norm):
+        nan, infinite = int(W.isnan().sum()), int(W.isinf().sum())
+        raise TensorError(name, f"{nan} NaN and {infinite} infinite among {W.numel()} weights: wanted finite ones only")
     stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
     quantized = QuantizedTensor(
         W_q=codes,
-        scale=torch.from_numpy(scale).to(stored).view(column),
-        zero=torch.from_numpy(zero).to(stored).view(column),
+        scale=scale.to(stored).view(column),
+        zero=zero.to(stored).view(column),
         shape=tuple(W.shape),
         dtype=W.dtype,
         spec=spec,
-        squared_error=math.fsum(tile[1] for tile in tiles),
-        squared_norm=math.fsum(tile[2] for tile in tiles),
+        squared_error=squared_error,
+        squared_norm=squared_norm,
     )
-    peak, limit = max(tile[3] for tile in tiles), torch.finfo(W.dtype).max
-    if peak > limit / 4 and not quantized.dequantize().isfinite().all():
-        raise TensorError(name, f"weights up to {peak:g} leave {W.dtype} (up to {limit:g}) no room for their rounding")
+    limit = torch.finfo(W.dtype).max
+    if squared_norm > (limit / 4) ** 2 and not quantized.dequantize().isfinite().all():  # only then may one overflow
+        raise TensorError(
+            name, f"weights up to {W.abs().max():g} leave {W.dtype} (up to {limit:g}) no room for rounding"
+        )
     return quantized
+
+
+def _solve_on_cpu(
+    W: torch.Tensor,
+    spec: QuantSpec,
+    weights: NDArray[np.float32] | None,
+    group_size: int,
+    threads: int | None,
+    progress: Callable[[int], None] | None,
+) -> Solved:
+    """Tiles on a few threads."""
+    rows = _as_rows(W, group_size, spec.axis, weights)
+    n_rows, n_columns = rows.shape
+    if weights is None:
+        weights, weighted = np.ones((1, n_columns // group_size, group_size), np.float32), False
+    else:
+        weighted = True
+    rows_per_block = n_rows // len(weights)
+    n_groups = W.numel() // group_size
+    codes = torch.empty((n_groups, group_size) if spec.axis == 1 else (group_size, n_groups), dtype=torch.uint8)
+    scale, zero = (np.empty((n_rows, n_columns // group_size), np.float32) for _ in range(2))
+    out = codes.numpy().reshape(n_rows, n_columns) if spec.axis == 1 else codes.numpy().T
+
+    def solve(at: Tile) -> tuple[float, float]:
+        groups = slice(at.columns.start // group_size, at.columns.stop // group_size)
+        own = weights[at.rows.start // rows_per_block, groups]
+        outputs = out[at.rows, at.columns], scale[at.rows, groups], zero[at.rows, groups]
+        return _solve_tile(rows[at.rows, at.columns], own, weighted, spec, *outputs)
+
+    errors = _run(solve, list(_tiles(n_rows, n_columns, group_size, rows_per_block)), threads, progress)
+    squared_error, squared_norm = (math.fsum(sums) for sums in zip(*errors, strict=True))
+    return codes, torch.from_numpy(scale), torch.from_numpy(zero), squared_error, squared_norm
+
+
+def _solve_on_gpu(
+    W: torch.Tensor,
+    spec: QuantSpec,
+    weights: NDArray[np.float32] | None,
+    group_size: int,
+    device: torch.device,
+    progress: Callable[[int], None] | None,
+) -> Solved:
+    """Pieces of W through two streams of one device."""
+    from hqq_core.solver import _triton  # here, so that importing the library loads no triton
+
+    if group_size > _triton.MAX_GROUP_SIZE:
+        raise SpecError(
+            "group_size", f"group_size {group_size}: a GPU solves groups of at most {_triton.MAX_GROUP_SIZE}"
+        )
+    matrix = W.reshape(-1, group_size) if spec.axis == 1 else W.reshape(group_size, -1)
+    energy = None if weights is None else torch.from_numpy(weights)
+    solved = _triton.solve_streamed(matrix, spec, device, energy, progress=progress)
+    return solved.codes, solved.scale, solved.zero, *solved.sums()
 
 
 def resolve_group_size(shape: tuple[int, ...], spec: QuantSpec) -> int:
@@ -108,30 +189,62 @@ def resolve_group_size(shape: tuple[int, ...], spec: QuantSpec) -> int:
     return group_size
 
 
-def _as_groups(W: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
-    return W.reshape(-1, group_size) if axis == 1 else W.reshape(group_size, -1).T
+def _as_rows(W: torch.Tensor, group_size: int, axis: int, weights: NDArray[np.float32] | None) -> torch.Tensor:
+    """W as rows of whole groups: one group a row, or an output's row where the groups of a column share their energies."""
+    if axis == 0:
+        return W.reshape(group_size, -1).T  # strided
+    return W.reshape(-1, group_size if weights is None else W.shape[-1])
 
 
-def _tiles(n_groups: int, group_size: int) -> Iterator[slice]:
-    step = max(1, TILE_NUMEL // group_size // TILE_GROUPS) * TILE_GROUPS
-    return (slice(start, min(start + step, n_groups)) for start in range(0, n_groups, step))
+def _group_energy(
+    energy: torch.Tensor, W: torch.Tensor, group_size: int, axis: int, name: str
+) -> NDArray[np.float32] | None:
+    """Energies as (n_blocks, groups per row, group_size), each group scaled as `_reference.normalize_energy` does."""
+    if tuple(energy.shape) not in ((W.shape[-1],), (*W.shape[:-2], W.shape[-1])):
+        raise TensorError(name, f"energy of shape {tuple(energy.shape)} for weights of shape {tuple(W.shape)}")
+    if not energy.is_floating_point():
+        raise TensorError(name, f"energy of dtype {energy.dtype}: wanted float32")
+    bad = int((~(energy.isfinite() & (energy >= 0))).sum())
+    if bad:
+        raise TensorError(name, f"{bad} of {energy.numel()} energies are negative, NaN or infinite")
+    if axis == 0:
+        return None
+    H = energy.detach().double().numpy().reshape(-1, W.shape[-1] // group_size, group_size)
+    return _reference.normalize_energy(H).astype(np.float32)
+
+
+def _tiles(n_rows: int, n_columns: int, group_size: int, rows_per_block: int) -> Iterator[Tile]:
+    """Cut rows into about N_TILES, at whole groups and whole lanes, none across two blocks."""
+    numel = min(max(n_rows * n_columns // N_TILES, MIN_TILE_NUMEL), MAX_TILE_NUMEL)
+    width = min(n_columns, max(1, numel // (MIN_ROWS * group_size)) * group_size)
+    height = max(1, numel // (MIN_ROWS * width)) * MIN_ROWS
+    for start in range(0, n_rows, rows_per_block):
+        stop = start + rows_per_block
+        for row in range(start, stop, height):
+            for column in range(0, n_columns, width):
+                yield Tile(slice(row, min(row + height, stop)), slice(column, min(column + width, n_columns)))
 
 
 def _run(
-    solve: Callable[[slice], Tile], tiles: list[slice], threads: int | None, report: Callable[[int], None] | None
-) -> Iterator[Tile]:
-    """Solve tiles on a few threads (the kernels hold no lock), in order; an error in one stops the rest."""
-    futures = [_pool(threads or os.cpu_count() or 1).submit(solve, tile) for tile in tiles]
+    solve: Callable[[Tile], tuple[float, float]],
+    tiles: list[Tile],
+    threads: int | None,
+    progress: Callable[[int], None] | None,
+) -> list[tuple[float, float]]:
+    """Solve tiles on a few threads (the kernels hold no lock), awaited in order; an error in one stops the rest."""
+    pool = _pool(threads or os.cpu_count() or 1)
+    futures = [pool.submit(solve, tile) for tile in tiles]
+    errors = []
     try:
-        for future in futures:
-            tile = future.result()
-            if report:
-                report(tile[0].stop - tile[0].start)  # groups
-            yield tile
+        for future, tile in zip(futures, tiles, strict=True):
+            errors.append(future.result())
+            if progress:
+                progress(tile.numel)
     finally:
         for future in futures:
             if not future.cancel():
                 future.exception()  # waits: nobody writes into the outputs after us
+    return errors
 
 
 @cache
@@ -140,38 +253,31 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="solver")
 
 
-def _to_float32(tile: torch.Tensor) -> NDArray[np.float32]:
-    """A fresh contiguous float32 copy of one tile."""
-    if tile.dtype == torch.bfloat16:  # numpy has no bfloat16: it is the upper half of a float32
-        words = np.ascontiguousarray(tile.view(torch.int16).numpy()).view(np.uint16)
-        return np.left_shift(words, 16, dtype=np.uint32).view(np.float32)
-    return np.array(tile.numpy(), dtype=np.float32, order="C")
-
-
-def _not_finite(W: torch.Tensor, name: str) -> TensorError:
-    nan, infinite = int(W.isnan().sum()), int(W.isinf().sum())
-    return TensorError(name, f"{nan} NaN and {infinite} infinite among {W.numel()} weights: wanted finite ones only")
+def _to_words(tile: torch.Tensor) -> NDArray[Any]:
+    """A contiguous tile as the words of float32, or of its upper half, which bfloat16 is."""
+    if tile.dtype == torch.bfloat16:
+        return np.ascontiguousarray(tile.view(torch.int16).numpy()).view(np.uint16)
+    return np.ascontiguousarray(tile.numpy(), np.float32).view(np.uint32)
 
 
 def _solve_tile(
-    W: NDArray[np.float32],
-    spec: QuantSpec,
-    codes: NDArray[np.uint8],
-    scale: NDArray[np.float32],
-    zero: NDArray[np.float32],
+    tile: torch.Tensor, energy: NDArray[np.float32], weighted: bool, spec: QuantSpec, *outputs: NDArray[Any]
 ) -> tuple[float, float]:
+    """Fill codes, scale and zero; squared error and squared norm, NaN where weights are not finite."""
     from hqq_core.solver import _numba  # here, so that importing the library compiles nothing
 
     stored = STORED_TYPES[spec.scale_dtype]
-    contiguous = codes if codes.flags.c_contiguous else np.empty(codes.shape, np.uint8)
+    contiguous = [out if out.flags.c_contiguous else np.empty(out.shape, out.dtype) for out in outputs]
     errors: tuple[float, float] = _numba.solve_tile(
-        W, contiguous, scale, zero,
+        _to_words(tile), energy, weighted, *contiguous,
+        np.array(starts(spec)), trial_iters(spec), spec.iters,
         {"float": _numba.FLOAT, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
         float(spec.max_code), spec.middle,
         _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,
-        spec.iters, float(spec.lp_norm), float(spec.beta), float(spec.kappa),
+        float(spec.lp_norm), float(spec.beta), float(spec.kappa),
     )  # fmt: skip
-    if contiguous is not codes:
-        codes[:] = contiguous
+    for out, solved in zip(outputs, contiguous, strict=True):
+        if solved is not out:
+            out[:] = solved
     return errors

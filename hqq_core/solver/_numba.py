@@ -13,18 +13,21 @@ import math
 import numpy as np
 from numba import njit
 
-f32, f64, u32 = np.float32, np.float64, np.uint32
+from hqq_core.solver._precision import MAX_STEPS
+
+f32, f64, i64, u32, u64 = np.float32, np.float64, np.int64, np.uint32, np.uint64
 FLOAT, INT, NONE = 0, 1, 2  # zero modes
 LANES = 32
-LARGEST = np.finfo(np.float32).max
 
 # A block's state: rows of LANES numbers in one float32 and one float64 buffer. One buffer each, so that the compiler sees that
 # rows do not overlap.
-SCALE, ZERO, INVERSE, OBJECTIVE, SUM_Q, SUM_QQ, SUM_T, SUM_QT = (LANES * i for i in range(8))
-BEST_SCALE, BEST_ZERO, BEST, ACTIVE = (LANES * i for i in range(8, 12))
-N_FLOAT32 = 12 * LANES
+OBJECTIVE, SUM_Q, SUM_QQ, SUM_R, SUM_QR = (LANES * i for i in range(5))
+SCALE, ZERO, INVERSE, SUM_T, MEAN = (LANES * i for i in range(5, 10))
+FIRST_SCALE, FIRST_ZERO, BEST_SCALE, BEST_ZERO, BEST, ACTIVE = (LANES * i for i in range(10, 16))
+N_FLOAT32 = 16 * LANES
 FLOOR, UNIT, PER_UNIT = (LANES * i for i in range(3))
 N_FLOAT64 = 3 * LANES
+MAGNITUDE, INFINITE = u32(0x7FFFFFFF), u32(0x7F800000)
 
 # Multiply-adds may be fused; sums keep their order. Weights are finite, the caller looked.
 _jit = njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
@@ -54,46 +57,100 @@ def _round_zero(zero, max_zero, stored):
     return _round_stored(f32(min(max(zero, -2.0 * max_zero), 2.0 * max_zero)), stored)
 
 
-@_inline
-def _code(w, inverse, zero, max_code):
-    return min(max(np.rint(w * inverse + zero), f32(0.0)), max_code)
+@_jit
+def _interleave(A, B):
+    """B[2 i], B[2 i + 1] = A[i], A[half + i]. Five times is 2^5 = LANES rows to columns, all of it in wide code."""
+    half = A.size // 2
+    for i in range(half):
+        B[2 * i], B[2 * i + 1] = A[i], A[half + i]
 
 
 @_jit
-def _load(W, first, T, D, mode, low, max_zero):
-    """Transpose LANES groups into T and scale each by a power of two to max|w| in [0.5, 1), or less below `low`."""
-    n = W.shape[1]
+def _separate(A, B):
+    """The inverse of `_interleave`."""
+    half = A.size // 2
+    for i in range(half):
+        B[i], B[half + i] = A[2 * i], A[2 * i + 1]
+
+
+@_jit
+def _to_lanes(S, T):
+    """Transpose LANES rows in S, which is overwritten, into T."""
+    _interleave(S, T)
+    _interleave(T, S)
+    _interleave(S, T)
+    _interleave(T, S)
+    _interleave(S, T)
+
+
+@_jit
+def _to_rows(S, T):
+    """The inverse of `_to_lanes`."""
+    _separate(S, T)
+    _separate(T, S)
+    _separate(S, T)
+    _separate(T, S)
+    _separate(S, T)
+
+
+@_jit
+def _load(W, row, column, T, S, D, mode, low, max_zero):
+    """Transpose the groups of LANES rows into T and scale each by a power of two to max|w| in [0.5, 1), or less below `low`.
+
+    S is as large as T, and scratch. Returns whether all weights are finite.
+    """
+    n = T.size // LANES
+    shift = u32(32 - 8 * W.itemsize)
     smallest = math.frexp(low)[1]
+    worst = u32(0)
     for lane in range(LANES):
-        row = first + lane
-        if row >= W.shape[0]:
-            for j in range(n):
-                T[j * LANES + lane] = f32(0.0)
+        scaled = S[lane * n : (lane + 1) * n]
+        if row + lane >= W.shape[0]:
+            scaled[:] = f32(0.0)
             D[UNIT + lane] = D[PER_UNIT + lane] = 1.0
             D[FLOOR + lane] = 0.0
             continue
-        largest = f32(0.0)
+        words = W[row + lane, column : column + n]  # a view: an index that may be negative is not vectorised
+        word = u32(0)  # the words of positive floats are in the order of the floats
         for j in range(n):
-            largest = max(largest, abs(W[row, j]))
-        exponent = max(math.frexp(largest)[1], smallest)  # so that its inverse and the squares are finite
-        D[UNIT + lane] = math.ldexp(1.0, exponent)
-        D[PER_UNIT + lane] = math.ldexp(1.0, -exponent)
-        D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / max_zero if mode == FLOAT else 0.0
+            word = max(word, u32(u32(u32(words[j]) << shift) & MAGNITUDE))
+        worst = max(worst, word)
+        largest = u32(word).view(f32)
+        exponent = max(i64(u32(word) >> u32(23)) - 126, smallest)  # so that its inverse and the squares are finite
+        D[UNIT + lane] = _power_of_two(exponent)
+        D[PER_UNIT + lane] = _power_of_two(-exponent)
+        D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / (max_zero if mode == FLOAT else MAX_STEPS)
         shrunk = f32(D[PER_UNIT + lane])
         for j in range(n):
-            T[j * LANES + lane] = W[row, j] * shrunk
+            scaled[j] = u32(u32(words[j]) << shift).view(f32) * shrunk
+    _to_lanes(S, T)
+    return worst < INFINITE
 
 
 @_jit
-def _start(T, F, D, mode, max_code, middle, low, high, max_zero, stored):
-    """Round to nearest between the smallest and the largest weight."""
-    n = T.size // LANES
+def _minmax(T, H, total, F, D, mode, max_code, middle, low, high, max_zero, stored):
+    """The first start: round to nearest between the smallest and the largest weight."""
+    n = H.size
     for lane in range(LANES):
         F[SUM_Q + lane] = F[SUM_QQ + lane] = T[lane]
-    for j in range(1, n):
+        F[SUM_T + lane] = f32(0.0)
+    whole = n - n % 4
+    for j in range(0, whole, 4):
+        h0, h1, h2, h3 = H[j], H[j + 1], H[j + 2], H[j + 3]
         for lane in range(LANES):
-            F[SUM_Q + lane] = min(F[SUM_Q + lane], T[j * LANES + lane])
-            F[SUM_QQ + lane] = max(F[SUM_QQ + lane], T[j * LANES + lane])
+            at = j * LANES + lane
+            w0, w1, w2, w3 = T[at], T[at + LANES], T[at + 2 * LANES], T[at + 3 * LANES]
+            F[SUM_Q + lane] = min(F[SUM_Q + lane], min(min(w0, w1), min(w2, w3)))
+            F[SUM_QQ + lane] = max(F[SUM_QQ + lane], max(max(w0, w1), max(w2, w3)))
+            F[SUM_T + lane] += (h0 * w0 + h1 * w1) + (h2 * w2 + h3 * w3)
+    for j in range(whole, n):
+        for lane in range(LANES):
+            w = T[j * LANES + lane]
+            F[SUM_Q + lane] = min(F[SUM_Q + lane], w)
+            F[SUM_QQ + lane] = max(F[SUM_QQ + lane], w)
+            F[SUM_T + lane] += H[j] * w
+    for lane in range(LANES):
+        F[MEAN + lane] = F[SUM_T + lane] / f32(total)
     for lane in range(LANES):
         small, large = f64(F[SUM_Q + lane]), f64(F[SUM_QQ + lane])
         constant = small == large
@@ -110,71 +167,118 @@ def _start(T, F, D, mode, max_code, middle, low, high, max_zero, stored):
             zero = min(max(np.rint(-small / scale), 0.0), max_code)
         if mode == FLOAT and not constant:
             zero = f64(_round_zero(-small / scale, max_zero, stored))
-        F[SCALE + lane] = F[BEST_SCALE + lane] = f32(scale)
-        F[ZERO + lane] = F[BEST_ZERO + lane] = f32(zero)
-        F[BEST + lane] = LARGEST
+        F[FIRST_SCALE + lane] = F[BEST_SCALE + lane] = f32(scale)
+        F[FIRST_ZERO + lane] = F[BEST_ZERO + lane] = f32(zero)
+
+
+@_jit
+def _clip(F, D, factor, shift, mode, max_code, low, high, max_zero, stored):
+    """A start with a smaller step: the mean keeps its place among the codes, but for the shift."""
+    for lane in range(LANES):
+        first, mean = f64(F[FIRST_SCALE + lane]), f64(F[MEAN + lane])
+        scale = _round_scale(first * factor, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
+        zero = f64(F[FIRST_ZERO + lane]) + mean / first - mean / scale + shift
+        rounded = f64(_round_zero(zero, max_zero, stored)) if mode == FLOAT else min(max(np.rint(zero), 0.0), max_code)
+        F[SCALE + lane] = f32(scale)
+        F[ZERO + lane] = F[FIRST_ZERO + lane] if mode == NONE else f32(rounded)
+
+
+@_jit
+def _forget(F):
+    """No best yet, all groups under way."""
+    for lane in range(LANES):
+        F[BEST + lane] = f32(np.inf)
         F[ACTIVE + lane] = f32(1.0)
 
 
+@_inline
+def _power_of_two(exponent):
+    return u64(u64(exponent + 1023) << u64(52)).view(f64)
+
+
+@_inline
+def _residual(w, inverse, zero, max_code):
+    """Code of a weight, and what is left of it in steps."""
+    x = w * inverse + zero
+    q = min(max(np.rint(x), f32(0.0)), max_code)
+    return q, x - q
+
+
 @_jit
-def _moments(T, F, max_code):
-    """One pass over a block: squared error at (scale, zero), and the sums that the next least-squares step needs."""
-    n = T.size // LANES
+def _clear_sums(F):
     for lane in range(LANES):
         F[INVERSE + lane] = f32(1.0) / F[SCALE + lane]
-    for row in range(OBJECTIVE, BEST_SCALE):
+    for row in range(SCALE):
         F[row] = f32(0.0)
-    whole = n - n % 4
-    for j in range(0, whole, 4):
+
+
+def _moments_of(weighted):
+    """The pass over a block, with energies or without: one source, two kernels."""
+
+    @_jit
+    def moments(T, H, F, max_code):
+        """Squared error in steps at (scale, zero), and the sums that the next least-squares step needs."""
+        n = H.size
+        _clear_sums(F)
+        whole = n - n % 4
+        for j in range(0, whole, 4):
+            h0, h1, h2, h3 = H[j], H[j + 1], H[j + 2], H[j + 3]
+            for lane in range(LANES):
+                z, inverse = F[ZERO + lane], F[INVERSE + lane]
+                at = j * LANES + lane
+                q0, r0 = _residual(T[at], inverse, z, max_code)
+                q1, r1 = _residual(T[at + LANES], inverse, z, max_code)
+                q2, r2 = _residual(T[at + 2 * LANES], inverse, z, max_code)
+                q3, r3 = _residual(T[at + 3 * LANES], inverse, z, max_code)
+                if weighted:
+                    p0, p1, p2, p3 = h0 * q0, h1 * q1, h2 * q2, h3 * q3
+                    e0, e1, e2, e3 = h0 * r0, h1 * r1, h2 * r2, h3 * r3
+                else:
+                    p0, p1, p2, p3 = q0, q1, q2, q3
+                    e0, e1, e2, e3 = r0, r1, r2, r3
+                F[OBJECTIVE + lane] += (e0 * r0 + e1 * r1) + (e2 * r2 + e3 * r3)
+                F[SUM_Q + lane] += (p0 + p1) + (p2 + p3)
+                F[SUM_QQ + lane] += (p0 * q0 + p1 * q1) + (p2 * q2 + p3 * q3)
+                F[SUM_QR + lane] += (p0 * r0 + p1 * r1) + (p2 * r2 + p3 * r3)
+        for j in range(whole, n):
+            for lane in range(LANES):
+                q, r = _residual(T[j * LANES + lane], F[INVERSE + lane], F[ZERO + lane], max_code)
+                F[OBJECTIVE + lane] += H[j] * r * r
+                F[SUM_Q + lane] += H[j] * q
+                F[SUM_QQ + lane] += H[j] * q * q
+                F[SUM_QR + lane] += H[j] * q * r
         for lane in range(LANES):
-            s, z, inverse = F[SCALE + lane], F[ZERO + lane], F[INVERSE + lane]
-            at = j * LANES + lane
-            w0, w1, w2, w3 = T[at], T[at + LANES], T[at + 2 * LANES], T[at + 3 * LANES]
-            q0, q1 = _code(w0, inverse, z, max_code), _code(w1, inverse, z, max_code)
-            q2, q3 = _code(w2, inverse, z, max_code), _code(w3, inverse, z, max_code)
-            r0, r1, r2, r3 = w0 - s * (q0 - z), w1 - s * (q1 - z), w2 - s * (q2 - z), w3 - s * (q3 - z)
-            F[OBJECTIVE + lane] += (r0 * r0 + r1 * r1) + (r2 * r2 + r3 * r3)
-            F[SUM_Q + lane] += (q0 + q1) + (q2 + q3)
-            F[SUM_QQ + lane] += (q0 * q0 + q1 * q1) + (q2 * q2 + q3 * q3)
-            F[SUM_T + lane] += (w0 + w1) + (w2 + w3)
-            F[SUM_QT + lane] += (q0 * w0 + q1 * w1) + (q2 * w2 + q3 * w3)
-    for j in range(whole, n):
-        for lane in range(LANES):
-            w = T[j * LANES + lane]
-            q = _code(w, F[INVERSE + lane], F[ZERO + lane], max_code)
-            r = w - F[SCALE + lane] * (q - F[ZERO + lane])
-            F[OBJECTIVE + lane] += r * r
-            F[SUM_Q + lane] += q
-            F[SUM_QQ + lane] += q * q
-            F[SUM_T + lane] += w
-            F[SUM_QT + lane] += q * w
+            F[OBJECTIVE + lane] *= F[SCALE + lane] * F[SCALE + lane]
+
+    return moments
+
+
+_moments, _moments_weighted = _moments_of(False), _moments_of(True)
 
 
 @_jit
-def _moments_shrunk(T, F, max_code, p, beta):
+def _moments_shrunk(T, H, F, max_code, p, beta, total):
     """As `_moments`, with the lp objective and the least-squares target behind the shrinkage step."""
-    n = T.size // LANES
-    for row in range(OBJECTIVE, BEST_SCALE):
-        F[row] = f32(0.0)
-    for j in range(n):
+    _clear_sums(F)
+    for j in range(H.size):
         for lane in range(LANES):
-            w, s, z = T[j * LANES + lane], F[SCALE + lane], F[ZERO + lane]
-            inverse = f32(1.0) / s
-            q = _code(w, inverse, z, max_code)
-            r = w - s * (q - z)
-            x = max(abs(r) * inverse, f32(1e-12))
+            q, r = _residual(T[j * LANES + lane], F[INVERSE + lane], F[ZERO + lane], max_code)
+            x = max(abs(r), f32(1e-12))
             power = f32(math.exp((p - f32(1.0)) * math.log(x)))  # x ** (p - 1)
-            t = w - math.copysign(max(x - power / beta, f32(0.0)) * s, r)
-            F[OBJECTIVE + lane] += power * x * s**p
-            F[SUM_Q + lane] += q
-            F[SUM_QQ + lane] += q * q
-            F[SUM_T + lane] += t
-            F[SUM_QT + lane] += q * t
+            r -= math.copysign(max(x - power / beta, f32(0.0)), r)
+            F[OBJECTIVE + lane] += H[j] * power * x
+            F[SUM_Q + lane] += H[j] * q
+            F[SUM_QQ + lane] += H[j] * q * q
+            F[SUM_R + lane] += H[j] * r
+            F[SUM_QR + lane] += H[j] * q * r
+    for lane in range(LANES):
+        F[OBJECTIVE + lane] *= F[SCALE + lane] ** p
+        F[SUM_T + lane] = F[SCALE + lane] * (F[SUM_Q + lane] + F[SUM_R + lane] - F[ZERO + lane] * total)
 
 
 @_jit
-def _keep_best(F):
-    """Keep what improved; a group that stops improving stops for good. Returns how many go on."""
+def _keep_best(F, stop):
+    """Keep what improved; where `stop`, a group that stops improving stops for good. Returns how many go on."""
     active = f32(0.0)
     for lane in range(LANES):
         improved = F[ACTIVE + lane] if F[OBJECTIVE + lane] < F[BEST + lane] else f32(0.0)
@@ -182,18 +286,26 @@ def _keep_best(F):
         F[BEST + lane] = F[OBJECTIVE + lane] if go_on else F[BEST + lane]
         F[BEST_SCALE + lane] = F[SCALE + lane] if go_on else F[BEST_SCALE + lane]
         F[BEST_ZERO + lane] = F[ZERO + lane] if go_on else F[BEST_ZERO + lane]
-        F[ACTIVE + lane] = improved
+        F[ACTIVE + lane] = improved if stop else f32(1.0)
         active += improved
     return active
+
+
+@_inline
+def _sums(F, lane):
+    """Sums of q, q^2, t and q t over a group, for the target t = s (q + r - z)."""
+    sum_q, sum_qq = f64(F[SUM_Q + lane]), f64(F[SUM_QQ + lane])
+    sum_qt = f64(F[SCALE + lane]) * (sum_qq + f64(F[SUM_QR + lane]) - f64(F[ZERO + lane]) * sum_q)
+    return sum_q, sum_qq, f64(F[SUM_T + lane]), sum_qt
 
 
 @_jit
 def _fit_float(F, D, n, low, high, max_zero, stored):
     """Least squares in (scale, zero)."""
     for lane in range(LANES):
-        sum_q, sum_t = f64(F[SUM_Q + lane]), f64(F[SUM_T + lane])
-        var = f64(F[SUM_QQ + lane]) - sum_q * sum_q / n
-        cov = f64(F[SUM_QT + lane]) - sum_q * sum_t / n
+        sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
+        var = sum_qq - sum_q * sum_q / n
+        cov = sum_qt - sum_q * sum_t / n
         joint = cov / (var if var > 0.0 else 1.0)
         joint = joint if var > 0.0 else f64(F[SCALE + lane])
         joint = _round_scale(joint, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
@@ -202,12 +314,12 @@ def _fit_float(F, D, n, low, high, max_zero, stored):
 
 
 @_inline
-def _fit_scale(sum_q, sum_qq, sum_t, sum_qt, n, zero, scale, low, high, unit, per_unit, stored):
+def _fit_scale(sum_q, sum_qq, sum_t, sum_qt, n, zero, scale, floor, low, high, unit, per_unit, stored):
     """Least-squares scale for a given zero, and how much of the target's square it explains."""
     cross = sum_qt - zero * sum_t
     square = sum_qq - 2.0 * zero * sum_q + n * zero * zero
     fitted = cross / (square if square > 0.0 else 1.0)
-    fitted = _round_scale(fitted if square > 0.0 else scale, 0.0, low, high, unit, per_unit, stored)
+    fitted = _round_scale(fitted if square > 0.0 else scale, floor, low, high, unit, per_unit, stored)
     return fitted, fitted * (2.0 * cross - fitted * square)
 
 
@@ -215,20 +327,19 @@ def _fit_scale(sum_q, sum_qq, sum_t, sum_qt, n, zero, scale, low, high, unit, pe
 def _fit_int(F, D, n, max_code, low, high, stored):
     """Least squares in (scale, whole zero): the better of the two neighbours of the real optimum, each with its own scale."""
     for lane in range(LANES):
-        sum_q, sum_qq = f64(F[SUM_Q + lane]), f64(F[SUM_QQ + lane])
-        sum_t, sum_qt = f64(F[SUM_T + lane]), f64(F[SUM_QT + lane])
-        scale, unit, per_unit = f64(F[SCALE + lane]), D[UNIT + lane], D[PER_UNIT + lane]
+        sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
+        scale, floor, unit, per_unit = f64(F[SCALE + lane]), D[FLOOR + lane], D[UNIT + lane], D[PER_UNIT + lane]
         var = sum_qq - sum_q * sum_q / n
         cov = sum_qt - sum_q * sum_t / n
         joint = cov / (var if var > 0.0 else 1.0)
-        joint = _round_scale(joint if var > 0.0 else scale, 0.0, low, high, unit, per_unit, stored)
+        joint = _round_scale(joint if var > 0.0 else scale, floor, low, high, unit, per_unit, stored)
         below = min(max(math.floor((sum_q - sum_t / joint) / n), 0.0), max_code)
         above = min(below + 1.0, max_code)
         scale_below, gain_below = _fit_scale(
-            sum_q, sum_qq, sum_t, sum_qt, n, below, scale, low, high, unit, per_unit, stored
+            sum_q, sum_qq, sum_t, sum_qt, n, below, scale, floor, low, high, unit, per_unit, stored
         )
         scale_above, gain_above = _fit_scale(
-            sum_q, sum_qq, sum_t, sum_qt, n, above, scale, low, high, unit, per_unit, stored
+            sum_q, sum_qq, sum_t, sum_qt, n, above, scale, floor, low, high, unit, per_unit, stored
         )
         F[SCALE + lane] = f32(scale_above if gain_above > gain_below else scale_below)
         F[ZERO + lane] = f32(above if gain_above > gain_below else below)
@@ -238,9 +349,10 @@ def _fit_int(F, D, n, max_code, low, high, stored):
 def _fit_none(F, D, n, middle, low, high, stored):
     """Least squares in the scale alone."""
     for lane in range(LANES):
+        sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
         fitted, _ = _fit_scale(
-            f64(F[SUM_Q + lane]), f64(F[SUM_QQ + lane]), f64(F[SUM_T + lane]), f64(F[SUM_QT + lane]), n, middle,
-            f64(F[SCALE + lane]), low, high, D[UNIT + lane], D[PER_UNIT + lane], stored,
+            sum_q, sum_qq, sum_t, sum_qt, n, middle, f64(F[SCALE + lane]), D[FLOOR + lane], low, high,
+            D[UNIT + lane], D[PER_UNIT + lane], stored,
         )  # fmt: skip
         F[SCALE + lane] = f32(fitted)
 
@@ -254,7 +366,7 @@ def _encode(T, F, Q, max_code):
     for j in range(T.size // LANES):
         for lane in range(LANES):
             w, z = T[j * LANES + lane], F[BEST_ZERO + lane]
-            q = _code(w, F[INVERSE + lane], z, max_code)
+            q, _ = _residual(w, F[INVERSE + lane], z, max_code)
             r = w - F[BEST_SCALE + lane] * (q - z)
             F[OBJECTIVE + lane] += r * r
             F[SUM_QQ + lane] += w * w
@@ -262,52 +374,90 @@ def _encode(T, F, Q, max_code):
 
 
 @_jit
-def solve_tile(W, codes, scale, zero, mode, max_code, middle, stored, low, high, max_zero, iters, p, beta, kappa):
-    """Solve every row of W as one group.
+def _alternate(
+    T, H, F, D, total, iters, stop, weighted, mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa
+):
+    """From (SCALE, ZERO), `iters` times codes, shrinkage, least squares; keeps the best seen."""
+    for i in range(iters + 1):
+        if p != 2.0:
+            _moments_shrunk(T, H, F, f32(max_code), f32(p), f32(beta), f32(total))
+        elif weighted:
+            _moments_weighted(T, H, F, f32(max_code))
+        else:
+            _moments(T, H, F, f32(max_code))
+        if (_keep_best(F, stop) == 0.0 and stop) or i == iters:
+            break
+        beta *= kappa
+        if mode == FLOAT:
+            _fit_float(F, D, total, low, high, max_zero, stored)
+        elif mode == INT:
+            _fit_int(F, D, total, max_code, low, high, stored)
+        else:
+            _fit_none(F, D, total, middle, low, high, stored)
+
+
+@_jit
+def solve_tile(
+    W, energy, weighted, codes, scale, zero, starts, trial_iters, iters,
+    mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa,
+):  # fmt: skip
+    """Solve a tile: each row of W is cut into groups.
 
     Parameters
     ----------
-    W : ndarray [shape=(n_groups, group_size)], float32
-        Finite weights.
-    codes : ndarray [shape=(n_groups, group_size)], uint8, out
-    scale, zero : ndarray [shape=(n_groups,)], float32, out
+    W : ndarray [shape=(rows, n * group_size)], uint16 or uint32
+        Weights as words: the upper half of a float32 (bfloat16), or all of it.
+    energy : ndarray [shape=(n, group_size)], float32
+        Weight of each column's squared error, with a maximum of [0.5, 1) in every group; ones where not `weighted`.
+    codes : ndarray [shape=(rows, n * group_size)], uint8, out
+    scale, zero : ndarray [shape=(rows, n)], float32, out
         Values that the stored type holds exactly.
+    starts : ndarray [shape=(n_starts, 2)], float64
+        Factor of the min-max step and shift of the zero.
 
     Returns
     -------
     squared_error, squared_norm : float
+        Not weighted; NaN where weights are not finite, and then there is no other result.
     """
-    n = W.shape[1]
-    T, Q = np.empty(n * LANES, f32), np.empty(n * LANES, np.uint8)
+    n = energy.shape[1]
+    T, S = np.empty(n * LANES, f32), np.empty(n * LANES, f32)
+    Q, C = np.empty(n * LANES, np.uint8), np.empty(n * LANES, np.uint8)
     F, D = np.empty(N_FLOAT32, f32), np.empty(N_FLOAT64, f64)
     squared_error = squared_norm = 0.0
-    for first in range(0, W.shape[0], LANES):
-        _load(W, first, T, D, mode, low, max_zero)
-        _start(T, F, D, mode, max_code, middle, low, high, max_zero, stored)
-        penalty = beta
-        for i in range(iters + 1):
-            if p == 2.0:
-                _moments(T, F, f32(max_code))
-            else:
-                _moments_shrunk(T, F, f32(max_code), f32(p), f32(penalty))
-            if _keep_best(F) == 0.0 or i == iters:
-                break
-            penalty *= kappa
-            if mode == FLOAT:
-                _fit_float(F, D, f64(n), low, high, max_zero, stored)
-            elif mode == INT:
-                _fit_int(F, D, f64(n), max_code, low, high, stored)
-            else:
-                _fit_none(F, D, f64(n), middle, low, high, stored)
-        _encode(T, F, Q, f32(max_code))
-        for lane in range(min(LANES, W.shape[0] - first)):
-            row, unit = first + lane, D[UNIT + lane]
-            scale[row] = f32(f64(F[BEST_SCALE + lane]) * unit)
-            zero[row] = F[BEST_ZERO + lane]
-            squared_error += f64(F[OBJECTIVE + lane]) * unit * unit
-            squared_norm += f64(F[SUM_QQ + lane]) * unit * unit
-            for j in range(n):
-                codes[row, j] = Q[j * LANES + lane]
+    for group in range(energy.shape[0]):
+        H = energy[group]
+        total = f64(0.0)
+        for j in range(n):
+            total += f64(H[j])
+        for first in range(0, W.shape[0], LANES):
+            if not _load(W, first, group * n, T, S, D, mode, low, max_zero):
+                return np.nan, np.nan
+            _minmax(T, H, total, F, D, mode, max_code, middle, low, high, max_zero, stored)
+            if len(starts) > 1:
+                _forget(F)
+                for i in range(len(starts)):
+                    _clip(F, D, starts[i, 0], starts[i, 1], mode, max_code, low, high, max_zero, stored)
+                    _alternate(
+                        T, H, F, D, total, trial_iters, False, weighted,
+                        mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa,
+                    )  # fmt: skip
+            _forget(F)
+            for lane in range(LANES):
+                F[SCALE + lane], F[ZERO + lane] = F[BEST_SCALE + lane], F[BEST_ZERO + lane]
+            _alternate(
+                T, H, F, D, total, iters, True, weighted,
+                mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa,
+            )  # fmt: skip
+            _encode(T, F, Q, f32(max_code))
+            _to_rows(Q, C)
+            for lane in range(min(LANES, W.shape[0] - first)):
+                row, unit = first + lane, D[UNIT + lane]
+                scale[row, group] = f32(f64(F[BEST_SCALE + lane]) * unit)
+                zero[row, group] = F[BEST_ZERO + lane]
+                squared_error += f64(F[OBJECTIVE + lane]) * unit * unit
+                squared_norm += f64(F[SUM_QQ + lane]) * unit * unit
+                codes[row, group * n : (group + 1) * n] = C[lane * n : (lane + 1) * n]
     return squared_error, squared_norm
 
 

@@ -29,6 +29,9 @@ class StoredType:
     subnormal_below: float
 
 
+# As max_zero, where the zero is a whole number: no step is so small that weights lose their place or squares overflow.
+MAX_STEPS = 2.0**23
+
 STORED_TYPES = {
     "float32": StoredType(24, 2.0**126, 2.0**-126, 2.0**23, 0.0),
     "bfloat16": StoredType(8, 2.0**126, 2.0**-126, 2.0**8, 0.0),

@@ -1,7 +1,8 @@
 """The equations as written, float64, all groups at once, slow: the oracle for all other back-ends.
 
 Half-quadratic quantization: H. Badri and A. Shaji, https://mobiusml.github.io/hqq_blog/ (2023), with a joint least-squares step
-for (scale, zero) in place of the zero alone, per-group best, and scale and zero rounded to their stored type in every step.
+for (scale, zero) in place of the zero alone, weights on the squared errors, several starts, per-group best, and scale and zero
+rounded to their stored type in every step.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hqq_core.solver._precision import STORED_TYPES
+from hqq_core.solver._precision import MAX_STEPS, STORED_TYPES
+from hqq_core.solver._starts import starts, trial_iters
 from hqq_core.spec import QuantSpec
 
 Array = NDArray[np.float64]
 
 
-def solve(W: Array, spec: QuantSpec) -> tuple[NDArray[np.uint8], Array, Array]:
+def solve(W: Array, spec: QuantSpec, energy: Array | None = None) -> tuple[NDArray[np.uint8], Array, Array]:
     """Solve every row of W as one group.
 
     Parameters
@@ -23,6 +25,8 @@ def solve(W: Array, spec: QuantSpec) -> tuple[NDArray[np.uint8], Array, Array]:
     W : ndarray [shape=(n_groups, group_size)], float64
         Finite weights.
     spec : QuantSpec
+    energy : ndarray [shape=(n_groups, group_size)], float64, optional
+        Weight h >= 0 of each squared error; default: ones.
 
     Returns
     -------
@@ -31,22 +35,38 @@ def solve(W: Array, spec: QuantSpec) -> tuple[NDArray[np.uint8], Array, Array]:
         Values that `spec.scale_dtype` holds exactly.
     """
     W, exponent = normalize(W, spec)
+    H = np.ones_like(W) if energy is None else normalize_energy(energy)
     scale, zero = minmax(W, exponent, spec)
+    if spec.starts > 1:
+        tried = [
+            alternate(W, H, *clipped(W, H, scale, zero, *start, exponent, spec), trial_iters(spec), exponent, spec)
+            for start in starts(spec)
+        ]
+        best = np.argmin([objective for _, _, objective in tried], axis=0), np.arange(len(W))
+        scale, zero = np.stack([found[0] for found in tried])[best], np.stack([found[1] for found in tried])[best]
+    best_scale, best_zero, _ = alternate(W, H, scale, zero, spec.iters, exponent, spec)
+    codes = encode(W, best_scale, best_zero, spec).astype(np.uint8)
+    return codes, np.ldexp(best_scale, exponent), best_zero
+
+
+def alternate(
+    W: Array, H: Array, scale: Array, zero: Array, iters: int, exponent: NDArray[np.int32], spec: QuantSpec
+) -> tuple[Array, Array, Array]:
+    """From a start, `iters` times codes, shrinkage, least squares; the best (scale, zero) seen and its objective."""
     best_scale, best_zero, best = scale, zero, np.full(len(W), np.inf)
     active = np.ones(len(W), dtype=bool)
     beta = spec.beta
-    for _ in range(spec.iters + 1):
+    for _ in range(iters + 1):
         q = encode(W, scale, zero, spec)
         R = W - scale[:, None] * (q - zero[:, None])
-        objective = np.where(active, (np.abs(R) ** spec.lp_norm).sum(axis=1), np.inf)
+        objective = np.where(active, (H * np.abs(R) ** spec.lp_norm).sum(axis=1), np.inf)
         active = objective < best  # a group that stops improving stops for good
         best = np.where(active, objective, best)
         best_scale, best_zero = np.where(active, scale, best_scale), np.where(active, zero, best_zero)
         target = W - scale[:, None] * shrink(R / scale[:, None], spec.lp_norm, beta)
-        scale, zero = least_squares(q, target, scale, W, exponent, spec)
+        scale, zero = least_squares(q, target, H, scale, W, exponent, spec)
         beta *= spec.kappa
-    codes = encode(W, best_scale, best_zero, spec).astype(np.uint8)
-    return codes, np.ldexp(best_scale, exponent), best_zero
+    return best_scale, best_zero, best
 
 
 def normalize(W: Array, spec: QuantSpec) -> tuple[Array, NDArray[np.int32]]:
@@ -54,6 +74,12 @@ def normalize(W: Array, spec: QuantSpec) -> tuple[Array, NDArray[np.int32]]:
     smallest = int(np.frexp(STORED_TYPES[spec.scale_dtype].min_scale)[1])
     exponent = np.maximum(np.frexp(np.abs(W).max(axis=1))[1], smallest)
     return np.ldexp(W, -exponent[:, None]), exponent
+
+
+def normalize_energy(energy: Array) -> Array:
+    """Scale each group's energies by a power of two to a maximum in [0.5, 1); a group without any has ones."""
+    largest = energy.max(axis=-1, keepdims=True)
+    return np.where(largest > 0, np.ldexp(energy, -np.frexp(largest)[1]), 1.0)
 
 
 def minmax(W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> tuple[Array, Array]:
@@ -72,6 +98,24 @@ def minmax(W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> tuple[Arra
     return scale, round_zero(zero, spec)
 
 
+def clipped(
+    W: Array,
+    H: Array,
+    scale: Array,
+    zero: Array,
+    factor: float,
+    shift: float,
+    exponent: NDArray[np.int32],
+    spec: QuantSpec,
+) -> tuple[Array, Array]:
+    """A start with a smaller step: the mean keeps its place among the codes, but for the shift."""
+    smaller = round_scale(scale * factor, W, exponent, spec)
+    if spec.zero == "none":
+        return smaller, zero
+    mean = (H * W).sum(axis=1) / H.sum(axis=1)
+    return smaller, round_zero(zero + mean / scale - mean / smaller + shift, spec)
+
+
 def encode(W: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
     """Codes q = clip(round(w / s + z), 0, Q)."""
     return np.clip(np.rint(W / scale[:, None] + zero[:, None]), 0, spec.max_code)
@@ -86,11 +130,11 @@ def shrink(X: Array, p: float, beta: float) -> Array:
 
 
 def least_squares(
-    q: Array, target: Array, scale: Array, W: Array, exponent: NDArray[np.int32], spec: QuantSpec
+    q: Array, target: Array, H: Array, scale: Array, W: Array, exponent: NDArray[np.int32], spec: QuantSpec
 ) -> tuple[Array, Array]:
-    """The (scale, zero) of spec's zero mode that fits `target` best for these codes."""
-    n = q.shape[1]
-    sum_q, sum_qq, sum_t, sum_qt = q.sum(1), (q * q).sum(1), target.sum(1), (q * target).sum(1)
+    """The (scale, zero) of spec's zero mode that fits `target` best for these codes, weighted by H."""
+    n, sum_q, sum_qq = H.sum(1), (H * q).sum(1), (H * q * q).sum(1)
+    sum_t, sum_qt = (H * target).sum(1), (H * q * target).sum(1)
     if spec.zero == "none":
         zero = np.full(len(q), spec.middle)
         return _fixed_zero(sum_q, sum_qq, sum_t, sum_qt, n, zero, scale, W, exponent, spec)[:2]
@@ -110,7 +154,7 @@ def least_squares(
 
 
 def _fixed_zero(
-    sum_q: Array, sum_qq: Array, sum_t: Array, sum_qt: Array, n: int, zero: Array, scale: Array, W: Array,
+    sum_q: Array, sum_qq: Array, sum_t: Array, sum_qt: Array, n: Array, zero: Array, scale: Array, W: Array,
     exponent: NDArray[np.int32], spec: QuantSpec,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Least-squares scale for a given zero, and how much of the target's square it explains."""
@@ -124,7 +168,7 @@ def _fixed_zero(
 def round_scale(scale: Array, W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> Array:
     """Clamp to what the stored type holds and round to it; `scale` is in normalized units, the type is not."""
     stored = STORED_TYPES[spec.scale_dtype]
-    floor = np.abs(W).max(axis=1) / stored.max_zero if spec.zero == "float" else 0.0
+    floor = np.abs(W).max(axis=1) / (stored.max_zero if spec.zero == "float" else MAX_STEPS)
     absolute = np.ldexp(np.maximum(scale, floor), exponent)
     absolute = np.clip(absolute, stored.min_scale, stored.max_scale)
     return np.ldexp(round_stored(absolute, spec.scale_dtype), -exponent)

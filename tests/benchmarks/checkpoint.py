@@ -59,7 +59,9 @@ def run(name: str, folder: str, format: str) -> dict:
 def convert(folder: Path, format: str) -> dict:
     """The conversion, as `halfquad quantize` does it."""
     start = time.perf_counter()
-    manifest = quantize_checkpoint(folder / "source", folder / "out", Recipe(format=format, nbits=4, group_size=64))
+    manifest = quantize_checkpoint(
+        folder / "source", folder / "out", Recipe(format=format, nbits=4, group_size=64, energy="none")
+    )
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shutil.rmtree(folder / "out")
@@ -69,7 +71,7 @@ def convert(folder: Path, format: str) -> dict:
 
 def rewrite(folder: Path, format: str) -> dict:
     """Only read the source, and write, sync and hash as many bytes as the result has: the floor."""
-    plan = build_plan(Checkpoint.open(folder / "source"), Recipe(format=format, nbits=4, group_size=64))
+    plan = build_plan(Checkpoint.open(folder / "source"), Recipe(format=format, nbits=4, group_size=64, energy="none"))
     (folder / "copy").mkdir()
     start = time.perf_counter()
     buffer = memoryview(bytearray(CHUNK_NBYTES))

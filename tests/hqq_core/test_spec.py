@@ -10,8 +10,9 @@ from hqq_core.formats import FORMATS, check_recipe
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("nbits", 7), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("group_size", 0), ("group_size", 64.0), ("axis", 2),
-        ("axis", True), ("zero", "real"), ("scale_dtype", "float64"), ("iters", -1), ("lp_norm", 0), ("lp_norm", 2.5),
+        ("nbits", 7), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("nbits", 1.5), ("starts", 0), ("starts", 2.0),
+        ("group_size", 0), ("group_size", 64.0), ("axis", 2), ("axis", True), ("zero", "real"),
+        ("scale_dtype", "float64"), ("iters", -1), ("lp_norm", 0), ("lp_norm", 2.5),
         ("beta", 0), ("kappa", 0.5), ("version", 2),
     ],
 )  # fmt: skip
@@ -43,11 +44,19 @@ def test_from_dict_rejects_unknown_fields(cls):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("nbits", 9), ("zero", "x"), ("include_modules", "lm_head"), ("skip_modules", [""]), ("max_shard_nbytes", 1)],
-)
+    [
+        ("nbits", 9), ("zero", "x"), ("include_modules", "lm_head"), ("skip_modules", [""]), ("max_shard_nbytes", 1),
+    ],
+)  # fmt: skip
 def test_recipe_rejects_what_cannot_exist(field, value):
     with pytest.raises(SpecError, match=field):
         Recipe(**{field: value})
+
+
+def test_three_levels_are_stored_in_two_bits():
+    spec = QuantSpec(nbits=1.58)
+    assert (spec.levels, spec.max_code, spec.middle, spec.code_bits) == (3, 2, 1.0, 2)
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_recipe_survives_json():
