@@ -64,12 +64,16 @@ def role(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> Role:
 
 def _is_vocabulary(parts: list[str], shape: tuple[int, ...], config: dict[str, Any]) -> bool:
     """Whether a weight outside the layers has a row per token of the vocabulary: an output head by another name."""
-    text = config.get("text_config")
-    sizes = (config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else None)
+    sizes = (config.get("vocab_size"), text_config(config).get("vocab_size"))
     return shape[0] in sizes and not any(part.isdigit() for part in parts)
 
 
 def ties_head(config: dict[str, Any]) -> bool:
     """Whether config.json says that the output head is the input embedding."""
+    return bool(config.get("tie_word_embeddings") or text_config(config).get("tie_word_embeddings"))
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of config.json that describes the language model."""
     text = config.get("text_config")
-    return bool(config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings")))
+    return text if isinstance(text, dict) else config

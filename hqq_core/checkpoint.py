@@ -150,6 +150,16 @@ class ShardReader:
             read_exactly(self.file, memoryview(buffer.numpy().data), entry.begin, self.name)
         return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
+    def rows(self, tensor: str, rows: list[int]) -> torch.Tensor:
+        """Some rows of a tensor, read one by one: Tensor [shape=(len(rows), ...)]."""
+        entry = self.entries[tensor]
+        size = entry.nbytes // entry.shape[0]
+        buffer = torch.empty(len(rows) * size, dtype=torch.uint8)
+        places = memoryview(buffer.numpy().data)
+        for i, row in enumerate(rows):
+            read_exactly(self.file, places[i * size : (i + 1) * size], entry.begin + row * size, self.name)
+        return buffer.view(DTYPES[entry.dtype]).reshape(len(rows), *entry.shape[1:])
+
     def pieces(self, tensor: str) -> Iterator[memoryview]:
         """One tensor's bytes in pieces of a few MiB; each piece is valid until the next is asked for."""
         entry = self.entries[tensor]

@@ -18,7 +18,8 @@ import torch
 
 from hqq_core.architectures import Role
 from hqq_core.checkpoint import CONFIG, INDEX, MANIFEST, REPORT, Checkpoint, ShardReader
-from hqq_core.errors import CheckpointError
+from hqq_core.energy import Energies, profile
+from hqq_core.errors import CheckpointError, EnergyError
 from hqq_core.formats import writer_of
 from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan, stored_tensors
 from hqq_core.recipe import Recipe
@@ -63,7 +64,8 @@ def quantize_checkpoint(
     threads : int, optional
         Solver threads; default: one per core.
     progress : callable, optional
-        Gets source bytes done and in total; what it raises stops the work.
+        Gets source bytes done and in total, which counts them twice where they are read for input energies first; what it
+        raises stops the work.
 
     Returns
     -------
@@ -76,15 +78,34 @@ def quantize_checkpoint(
     existed = output.exists()
     _claim(output)
     try:
+        energies, profiled = _profile(checkpoint, plan, progress)
+        plan = plan.with_energies(energies)
         results = []
         for shard in plan.shards:
-            before = sum(earlier.nbytes_in for earlier in plan.shards[: shard.index])
-            report = (lambda done, before=before: progress(before + done, plan.nbytes_in)) if progress else None
-            results.append(quantize_shard(checkpoint, plan, shard.index, output, threads=threads, progress=report))
+            before = profiled + sum(earlier.nbytes_in for earlier in plan.shards[: shard.index])
+            report = _from(before, profiled + plan.nbytes_in, progress)
+            results.append(
+                quantize_shard(checkpoint, plan, shard.index, output, energies, threads=threads, progress=report)
+            )
         return finish_checkpoint(checkpoint, plan, results, output)
     except BaseException:
         _empty(output, remove=not existed)
         raise
+
+
+def _profile(checkpoint: Checkpoint, plan: Plan, progress: Callable[[int, int], None] | None) -> tuple[Energies, int]:
+    """Input energies, and the bytes that having them counts for."""
+    if plan.recipe.axis == 0 or plan.recipe.energy == "none":
+        return profile(checkpoint, "none"), 0
+    report = _from(0, 2 * plan.nbytes_in, progress)
+    if report:
+        report(0)  # transformers takes seconds to load
+    return profile(checkpoint, plan.recipe.energy, progress=report), plan.nbytes_in
+
+
+def _from(before: int, total: int, progress: Callable[[int, int], None] | None) -> Progress | None:
+    """Progress of a part that `before` bytes come before."""
+    return (lambda done: progress(before + done, total)) if progress else None
 
 
 # --- one shard -----------------------------------------------------------------------------------------------------------
@@ -95,6 +116,7 @@ def quantize_shard(
     plan: Plan,
     index: int,
     output: Path,
+    energies: Energies | Path | None = None,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -109,6 +131,8 @@ def quantize_shard(
         Which of `plan.shards`.
     output : Path
         Existing folder. Files appear there whole or not at all.
+    energies : Energies or Path, optional
+        What `plan.with_energies` had, or the file it was saved to.
     threads : int, optional
         Solver threads; default: one per core.
     progress : callable, optional
@@ -120,9 +144,10 @@ def quantize_shard(
 
     Raises
     ------
-    CheckpointError, TensorError, StorageFullError
+    CheckpointError, EnergyError, TensorError, StorageFullError
     """
     shard = plan.shards[index]
+    weighting = _weighting(shard, energies)
     done = _Counter(progress)
     files, results = [], []
     with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead:
@@ -140,13 +165,25 @@ def quantize_shard(
                     if tensor.spec is None:
                         writer.write_pieces(tensor.name, done.counting(reader.pieces(tensor.name)))
                     else:
-                        results.append(_write_quantized(plan, tensor, next(weights), writer, threads, done))
+                        results.append(_write_quantized(plan, tensor, next(weights), weighting, writer, threads, done))
                 digest = writer.close()
             except BaseException:
                 writer.discard()
                 raise
             files.append(ArtifactFile(name, writer.nbytes, digest))
     return ShardResult(index, tuple(files), tuple(results))
+
+
+def _weighting(shard: ShardPlan, energies: Energies | Path | None) -> dict[str, torch.Tensor]:
+    """Energies of the shard's tensors, by name; all that the plan speaks of must be there."""
+    planned = {tensor.name: tensor.energy for tensor in shard.tensors if tensor.energy not in (None, "none")}
+    if isinstance(energies, Path):
+        energies = Energies.load(energies, planned)
+    for name, source in planned.items():
+        found = energies.source(name) if energies else "none"
+        if found != source:
+            raise EnergyError(f"{name}: planned with {source} input energy: got {found}")
+    return {name: energies.vectors[name] for name in planned} if energies else {}
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
@@ -156,11 +193,22 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
 
 
 def _write_quantized(
-    plan: Plan, tensor: TensorPlan, W: torch.Tensor, writer: SafetensorsWriter, threads: int | None, done: _Counter
+    plan: Plan,
+    tensor: TensorPlan,
+    W: torch.Tensor,
+    weighting: dict[str, torch.Tensor],
+    writer: SafetensorsWriter,
+    threads: int | None,
+    done: _Counter,
 ) -> TensorResult:
     assert tensor.spec is not None
     quantized = quantize(
-        W, tensor.spec, name=tensor.name, threads=threads, progress=lambda numel: done.add(numel * W.itemsize)
+        W,
+        tensor.spec,
+        energy=weighting.get(tensor.name),
+        name=tensor.name,
+        threads=threads,
+        progress=lambda numel: done.add(numel * W.itemsize),
     )
     for name, value in writer_of(plan.recipe).encode(tensor.module, quantized).items():
         writer.write(name, value)

@@ -5,6 +5,7 @@ HalfquadError
 │   └── FormatError      a setting that this format, or who reads it, cannot hold
 ├── CheckpointError      a source or a written folder that cannot be trusted; names the file
 ├── TensorError          a tensor that cannot be quantized; `tensor` names it
+├── EnergyError          input energies that cannot be had the way that was asked for
 ├── StorageFullError     no room left where the result is written
 └── Cancelled            the caller asked to stop
 """
@@ -58,6 +59,12 @@ class TensorError(HalfquadError):
         self.tensor = tensor
 
 
+class EnergyError(HalfquadError):
+    """Input energies that cannot be had the way that was asked for."""
+
+    code = "energy_unavailable"
+
+
 class StorageFullError(HalfquadError, OSError):
     """No room left for the result; what was half written is gone again."""
 
@@ -68,3 +75,8 @@ class Cancelled(HalfquadError):
     """The caller asked to stop; what was half written is gone again."""
 
     code = "cancelled"
+
+
+def short(error: BaseException) -> str:
+    """Type and first line, cut, of an error that other people's code raised: it may quote a whole config."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

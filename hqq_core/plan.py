@@ -9,6 +9,7 @@ from typing import Any
 
 from hqq_core.architectures import QUANTIZED, Role, role, ties_head
 from hqq_core.checkpoint import SINGLE, Checkpoint
+from hqq_core.energy import Energies
 from hqq_core.errors import CheckpointError, FormatError, SpecError
 from hqq_core.formats import writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
@@ -17,7 +18,7 @@ from hqq_core.safetensors_file import DTYPES, TensorEntry, header_nbytes, tensor
 from hqq_core.solver import SOLVABLE_DTYPES, resolve_group_size
 from hqq_core.spec import QuantSpec
 
-VERSION = 1
+VERSION = 2
 EMPTY_FILE_NBYTES = 64  # a header without tensors, and its padding
 
 
@@ -37,6 +38,10 @@ class TensorPlan:
     reason : str
         Why it is quantized or copied.
     nbytes_in, nbytes_out : int
+    energy : {"synthetic", "analytic", "none"} or None
+        Where the weights of its columns come from; None: copied, nothing is weighted.
+    preset : str or None
+        The recipe's, of which `spec` has the solver's steps and starts; None: copied.
     """
 
     name: str
@@ -48,6 +53,17 @@ class TensorPlan:
     reason: str
     nbytes_in: int
     nbytes_out: int
+    energy: str | None = None
+    preset: str | None = None
+
+    @property
+    def solver(self) -> str | None:
+        """What the solver does with it; None: copied."""
+        if self.spec is None:
+            return None
+        if self.spec.iters == 0 and self.spec.starts == 1:
+            return "round to nearest"
+        return "least squares" if self.spec.lp_norm == 2 else "half-quadratic"
 
     @property
     def module(self) -> str:
@@ -76,13 +92,25 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole conversion; `shards` are independent of each other."""
+    """The whole conversion; `shards` are independent of each other.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    spec : QuantSpec
+    shards : tuple of ShardPlan
+    carried, left_out : tuple of str
+        Names of the other files of the folder that come along, and of those that do not.
+    energy_note : str
+        Why input energies of a better source were not to be had; empty where they were.
+    """
 
     recipe: Recipe
     spec: QuantSpec
     shards: tuple[ShardPlan, ...]
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    energy_note: str = ""
     version: int = VERSION
 
     @property
@@ -100,6 +128,14 @@ class Plan:
         """Bytes of tensor data to write."""
         return sum(shard.nbytes_out for shard in self.shards)
 
+    def with_energies(self, energies: Energies) -> Plan:
+        """The same plan, weighted by input energies wherever there are some."""
+        shards = (
+            dataclasses.replace(shard, tensors=tuple(_weighted(tensor, energies) for tensor in shard.tensors))
+            for shard in self.shards
+        )
+        return dataclasses.replace(self, shards=tuple(shards), energy_note=energies.note)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
         fields = dataclasses.asdict(self)
@@ -116,6 +152,7 @@ class Plan:
             shards=tuple(_shard_from_dict(shard) for shard in fields["shards"]),
             carried=tuple(fields["carried"]),
             left_out=tuple(fields["left_out"]),
+            energy_note=fields["energy_note"],
         )
 
 
@@ -169,7 +206,16 @@ def _plan_tensor(
     stored = sum(
         tensor_nbytes(dtype, shape) for _, dtype, shape in writer.layout(module, entry.shape, entry.dtype, own)
     )
-    return TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", own, kind.value, nbytes, stored)
+    return TensorPlan(
+        entry.name, entry.dtype, entry.shape, shard, "", own, kind.value, nbytes, stored, "none", recipe.preset
+    )
+
+
+def _weighted(tensor: TensorPlan, energies: Energies) -> TensorPlan:
+    """A group along axis 0 lies within one column, whose weight changes nothing there."""
+    if tensor.spec is None or tensor.spec.axis == 0:
+        return tensor
+    return dataclasses.replace(tensor, energy=energies.source(tensor.name))
 
 
 def _why_copied(

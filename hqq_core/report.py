@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from hqq_core.checkpoint import Checkpoint
@@ -29,6 +30,8 @@ def metrics_of(plan: Plan, results: list[ShardResult], written: list[ArtifactFil
             sum(tensor.nbytes_out for tensor in quantized), sum(tensor.numel for tensor in tensors)
         ),
         "relative_error": relative_error(error, norm),
+        "energy_sources": dict(sorted(Counter(tensor.energy for tensor in quantized if tensor.energy).items())),
+        "energy_note": plan.energy_note,
         "worst_tensors": worst,
     }
 
@@ -50,7 +53,8 @@ def report_of(
         {
             "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
             "reason": tensor.reason, "nbytes_in": tensor.nbytes_in, "nbytes_out": tensor.nbytes_out,
-            "spec": tensor.spec.to_dict() if tensor.spec else None,
+            "solver": tensor.solver, "preset": tensor.preset, "zero": tensor.spec.zero if tensor.spec else None,
+            "energy": tensor.energy, "spec": tensor.spec.to_dict() if tensor.spec else None,
             **{key: value for key, value in errors.get(tensor.name, {}).items() if key != "name"},
         }
         for tensor in plan.tensors

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from hqq_core import Checkpoint, Recipe, build_plan, finish_checkpoint, quantize_checkpoint, quantize_shard
 from hqq_core.checkpoint import MANIFEST
 from hqq_core.convert import verify_shard
+from hqq_core.energy import profile
 from hqq_core.errors import Cancelled, CheckpointError, StorageFullError, TensorError
 from hqq_core.results import Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
@@ -23,9 +24,11 @@ def test_same_input_same_bytes_for_any_threads_and_any_order_of_shards(tmp_path,
     quantize_checkpoint(source, tmp_path / "two", Recipe(format=name), threads=2)
     (tmp_path / "backwards").mkdir()
     checkpoint = Checkpoint.open(source)
-    plan = build_plan(checkpoint, Recipe(format=name))
-    results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards") for i in (2, 0, 1)]
-    results.append(quantize_shard(checkpoint, plan, results.pop(1).index, tmp_path / "backwards"))  # one of them twice
+    energies = profile(checkpoint)
+    plan = build_plan(checkpoint, Recipe(format=name)).with_energies(energies)
+    results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards", energies) for i in (2, 0, 1)]
+    again = results.pop(1).index  # one of them twice
+    results.append(quantize_shard(checkpoint, plan, again, tmp_path / "backwards", energies))
     finish_checkpoint(checkpoint, plan, results, tmp_path / "backwards")
     one = folder_bytes(tmp_path / "one")
     assert one == folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "backwards")
@@ -197,12 +200,17 @@ def test_stopping_leaves_nothing_half_written(tmp_path):
     assert seen == sorted(seen)
 
 
-def test_progress_ends_at_the_size_of_the_source(tmp_path):
+@pytest.mark.parametrize(("energy", "passes"), [("none", 1), ("analytic", 2), ("synthetic", 2)])
+def test_progress_counts_the_source_once_more_where_it_is_profiled(tmp_path, energy, passes):
     seen = []
     source = save_llama(tmp_path / "m", n_shards=2)
-    quantize_checkpoint(source, tmp_path / "out", Recipe(), progress=lambda done, total: seen.append((done, total)))
-    total = build_plan(Checkpoint.open(source), Recipe()).nbytes_in
-    assert seen[-1] == (total, total)
+    recipe = Recipe(energy=energy)
+    quantize_checkpoint(source, tmp_path / "out", recipe, progress=lambda done, total: seen.append((done, total)))
+    nbytes = build_plan(Checkpoint.open(source), recipe).nbytes_in
+    assert {total for _, total in seen} == {passes * nbytes}
+    assert seen == sorted(seen)
+    assert seen[-1][0] == passes * nbytes
+    assert sum(done < nbytes for done, _ in seen) > 10, "moves while it profiles"
 
 
 def test_verify_notices_one_flipped_byte(tmp_path):

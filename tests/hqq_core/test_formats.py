@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hqq_core import Checkpoint, QuantSpec, Recipe, build_plan, quantize, quantize_checkpoint
+from hqq_core.energy import profile
 from hqq_core.errors import FormatError
 from hqq_core.formats import FORMATS
 from hqq_core.safetensors_file import DTYPES, NAMES
@@ -43,13 +44,14 @@ class WriterContract:
         torch_dtype = DTYPES[dtype]
         tensors = llama_tensors(layers=1, dtype=torch_dtype)
         source = save_checkpoint(tmp_path / "m", tensors, llama_config(1))
+        energies = profile(Checkpoint.open(source)).vectors
         for i, recipe in enumerate(self.recipes):
             quantize_checkpoint(source, tmp_path / str(i), recipe)
             read = self.read(tmp_path / str(i), torch_dtype)
             planned = [tensor for tensor in build_plan(Checkpoint.open(source), recipe).tensors if tensor.spec]
             assert {tensor.module for tensor in planned} == set(read)
             for tensor in planned:
-                solved = quantize(tensors[tensor.name], tensor.spec).dequantize()
+                solved = quantize(tensors[tensor.name], tensor.spec, energy=energies[tensor.name]).dequantize()
                 assert torch.equal(read[tensor.module], solved), (tensor.name, recipe)
 
     def test_codes_scales_and_zeros_follow_the_spec(self, writer):
@@ -62,7 +64,7 @@ class WriterContract:
 class TestHqq(WriterContract):
     name = "hqq"
     recipes = (
-        *(Recipe(format="hqq", nbits=nbits) for nbits in (1, 2, 3, 4, 5, 6, 8)),
+        *(Recipe(format="hqq", nbits=nbits) for nbits in (1, 1.58, 2, 3, 4, 5, 6, 8)),
         *(Recipe(format="hqq", nbits=nbits, axis=0, group_size=64) for nbits in (2, 3, 4)),
         Recipe(format="hqq", nbits=4, group_size=None),
         Recipe(format="hqq", nbits=3, group_size=8),

@@ -1,61 +1,17 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from hqq_core import Checkpoint, Plan, Recipe, build_plan
-from hqq_core.architectures import Role, role
+from hqq_core import Checkpoint, Plan, QuantSpec, Recipe, build_plan
+from hqq_core.energy import Energies
 from hqq_core.errors import CheckpointError, FormatError, SpecError
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 
 
 def plan_of(folder, **settings) -> Plan:
     return build_plan(Checkpoint.open(folder), Recipe(**settings))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "expected"),
-    [
-        ("model.layers.0.self_attn.q_proj.weight", (64, 64), Role.LINEAR),
-        ("model.layers.0.self_attn.q_proj.bias", (64,), Role.VECTOR),
-        ("model.embed_tokens.weight", (320, 64), Role.EMBEDDING),
-        ("transformer.wte.weight", (320, 64), Role.EMBEDDING),
-        ("embeddings.position_embeddings.weight", (512, 64), Role.EMBEDDING),
-        ("shared.weight", (320, 64), Role.EMBEDDING),
-        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), Role.EMBEDDING),
-        ("lm_head.weight", (320, 64), Role.HEAD),
-        ("embed_out.weight", (320, 64), Role.HEAD),
-        ("cls.predictions.decoder.weight", (320, 64), Role.HEAD),
-        ("model.layers.1.mlp.gate.weight", (8, 64), Role.ROUTER),
-        ("model.layers.1.block_sparse_moe.gate.weight", (8, 64), Role.ROUTER),
-        ("model.layers.1.mlp.gate_proj.weight", (64, 64), Role.LINEAR),
-        ("model.layers.1.mlp.shared_expert_gate.weight", (1, 64), Role.ROUTER),
-        ("model.layers.1.mlp.experts.3.up_proj.weight", (64, 64), Role.EXPERT),
-        ("model.layers.1.mlp.experts.gate_up_proj", (8, 64, 64), Role.FUSED),
-        ("model.layers.0.input_layernorm.weight", (64,), Role.VECTOR),
-        ("layers.0.norm.weight", (2, 64), Role.NORM),
-        ("model.layers.0.mamba.A_log", (64, 16), Role.OTHER),
-        ("encoder.layer.0.attention.self.query.weight", (64, 64), Role.LINEAR),
-        ("h.0.attn.c_attn.weight", (64, 192), Role.LINEAR),
-        ("output.weight", (320, 64), Role.HEAD),
-        ("transformer.output_layer.weight", (320, 64), Role.HEAD),
-        ("vocab_projector.weight", (320, 64), Role.HEAD),
-        ("lm_head.decoder.weight", (320, 64), Role.HEAD),
-        ("classifier.out_proj.weight", (2, 64), Role.HEAD),
-        ("v_head.summary.weight", (1, 64), Role.HEAD),
-        ("layers.3.ffn.up.weight", (320, 64), Role.LINEAR),
-        ("layers.3.mlp.gate.linear.weight", (8, 64), Role.ROUTER),
-        ("layers.3.mlp.router.classifier.weight", (8, 64), Role.ROUTER),
-        ("emb.weight", (320, 64), Role.EMBEDDING),
-        ("weight", (64, 64), Role.OTHER),
-    ],
-)
-def test_role_is_told_from_name_and_shape(name, shape, expected):
-    assert role(name, shape, {"model_type": ["llama"], "vocab_size": 320}) is expected
-
-
-def test_conv1d_of_gpt2_is_known():
-    assert role("h.0.attn.c_attn.weight", (64, 192), {"model_type": "gpt2"}) is Role.CONV1D
 
 
 def test_plan_says_what_becomes_of_every_tensor_and_why(tmp_path):
@@ -71,6 +27,38 @@ def test_plan_says_what_becomes_of_every_tensor_and_why(tmp_path):
 def test_plan_survives_json(tmp_path):
     plan = plan_of(save_llama(tmp_path / "m", n_shards=3), skip_modules=["down_proj"])
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_plan_names_the_solver_and_where_energies_come_from(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    energies = Energies({name: torch.ones(64)}, {name: "analytic"}, "no synthetic energies: no time")
+    plan = plan_of(save_llama(tmp_path / "m"), format="hqq", preset="best").with_energies(energies)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.energy_note == "no synthetic energies: no time"
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    assert {tensor.energy for tensor in plan.tensors if tensor.spec and tensor.name != name} == {"none"}
+    tensor, head = by_name[name], by_name["lm_head.weight"]
+    assert (tensor.solver, tensor.preset, tensor.energy) == ("least squares", "best", "analytic")
+    assert (head.solver, head.preset, head.energy) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "solver"),
+    [
+        ({"iters": 0, "starts": 1}, "round to nearest"),
+        ({"iters": 0, "starts": 4}, "least squares"),
+        ({"lp_norm": 0.7}, "half-quadratic"),
+    ],
+)
+def test_the_solver_is_named_after_what_it_does(tmp_path, settings, solver):
+    tensor = next(t for t in plan_of(save_llama(tmp_path / "m"), format="hqq").tensors if t.spec)
+    assert dataclasses.replace(tensor, spec=QuantSpec(**settings)).solver == solver
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path):
+    fields = plan_of(save_llama(tmp_path / "m")).to_dict()
+    with pytest.raises(CheckpointError, match="plan of version 1: wanted 2"):
+        Plan.from_dict(fields | {"version": 1})
 
 
 def test_skip_and_include_take_full_names_and_last_parts(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hqq_core import Checkpoint, Recipe, build_plan, quantize, quantize_checkpoint
+from hqq_core.energy import Energies, profile
 from hqq_core.errors import CheckpointError
 from hqq_core.evaluate import compare, generate, load_model, tokenize
 from tests.models import cached, english
@@ -19,24 +20,31 @@ def smollm2() -> Path:
     return cached("smollm2-135m")
 
 
-def solved(source: Path, recipe: Recipe):
+@pytest.fixture(scope="module")
+def energies(smollm2) -> Energies:
+    return profile(Checkpoint.open(smollm2))
+
+
+def solved(source: Path, recipe: Recipe, energies: Energies):
     """Our own dequantized weights, by module."""
     checkpoint = Checkpoint.open(source)
     for shard in build_plan(checkpoint, recipe).shards:
         with checkpoint.shard(shard.file) as reader:
             for tensor in shard.tensors:
                 if tensor.spec:
-                    yield tensor.module, quantize(reader.read(tensor.name), tensor.spec).dequantize()
+                    W, energy = reader.read(tensor.name), energies.vectors[tensor.name]
+                    yield tensor.module, quantize(W, tensor.spec, energy=energy).dequantize()
 
 
-def test_compressed_tensors_in_transformers(smollm2, tmp_path):
+def test_compressed_tensors_in_transformers(smollm2, energies, tmp_path):
     recipe = Recipe(format="compressed-tensors", nbits=4, group_size=64)
     manifest = quantize_checkpoint(smollm2, tmp_path / "out", recipe)
     assert manifest.metrics["tensors_quantized"] == 210
     assert manifest.metrics["bits_per_weight"] < 4.32
+    assert manifest.metrics["energy_sources"] == {"synthetic": 210}
     model = load_model(tmp_path / "out")
     state, library = model.state_dict(), compressed_tensors_weights(tmp_path / "out")
-    for module, weight in solved(smollm2, recipe):
+    for module, weight in solved(smollm2, recipe, energies):
         assert torch.equal(weight, library[module]), module
         assert torch.equal(weight.float(), state[f"{module}.weight"]), module
     comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))
@@ -45,12 +53,12 @@ def test_compressed_tensors_in_transformers(smollm2, tmp_path):
     assert "Paris" in generate(model, smollm2, PROMPT, n_tokens=8)
 
 
-def test_hqq_in_the_hqq_library(smollm2, tmp_path):
+def test_hqq_in_the_hqq_library(smollm2, energies, tmp_path):
     recipe = Recipe(format="hqq", nbits=4, group_size=64)
     quantize_checkpoint(smollm2, tmp_path / "out", recipe)
     layers = hqq_layers(tmp_path / "out", torch.bfloat16)
     assert len(layers) == 210
-    for module, weight in solved(smollm2, recipe):
+    for module, weight in solved(smollm2, recipe, energies):
         assert torch.equal(weight, layers[module].dequantize()), module
     model = load_model(smollm2)
     for module, layer in hqq_layers(tmp_path / "out", torch.float32).items():
@@ -60,8 +68,17 @@ def test_hqq_in_the_hqq_library(smollm2, tmp_path):
     assert "Paris" in generate(model, smollm2, PROMPT, n_tokens=8)
 
 
+def test_input_energies_lower_the_divergence(smollm2, tmp_path):
+    """At 4 bit against no energies; docs/solver.md has measured ratios below 0.7."""
+    text, kl = tokenize(smollm2, english(), 512), {}
+    for energy in ("none", "synthetic"):
+        quantize_checkpoint(smollm2, tmp_path / energy, Recipe(energy=energy))
+        kl[energy] = compare(load_model(smollm2), load_model(tmp_path / energy), text).kl
+    assert kl["synthetic"] < 0.85 * kl["none"]
+
+
 def test_transformers_5_is_kept_from_loading_hqq_with_random_weights(tmp_path, smollm2):
-    quantize_checkpoint(smollm2, tmp_path / "out", Recipe(format="hqq", nbits=2))
+    quantize_checkpoint(smollm2, tmp_path / "out", Recipe(format="hqq", nbits=2, energy="none"))
     with pytest.raises(CheckpointError, match="format 'hqq' is read by the hqq library"):
         load_model(tmp_path / "out")
 

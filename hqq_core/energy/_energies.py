@@ -1,0 +1,86 @@
+"""Energies: a vector per weight, where it comes from, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hqq_core.errors import EnergyError
+from hqq_core.safetensors_file import write_file
+
+SOURCES = frozenset({"synthetic", "analytic"})
+
+
+@dataclass(frozen=True, slots=True)
+class Energies:
+    """Input energies of a checkpoint's weights.
+
+    Parameters
+    ----------
+    vectors : dict of str to Tensor [shape=(in_features,) or (n_experts, in_features)], float32
+        By tensor name; what is missing has h = 1.
+    sources : dict of str to str
+        "synthetic" or "analytic", for each of `vectors`.
+    note : str
+        Why a better source was not to be had; empty where it was.
+    """
+
+    vectors: dict[str, torch.Tensor]
+    sources: dict[str, str]
+    note: str = ""
+
+    def source(self, name: str) -> str:
+        """Where the energy of a tensor comes from."""
+        return self.sources.get(name, "none")
+
+    def merge(self, other: Energies) -> Energies:
+        """These, and from `other` what is missing here; the notes of both."""
+        notes = dict.fromkeys(note for note in (self.note, other.note) if note)
+        return Energies(other.vectors | self.vectors, other.sources | self.sources, "; ".join(notes))
+
+    def save(self, path: Path, fingerprint: str = "") -> None:
+        """Write one safetensors file; linears that share an input share a vector there."""
+        from safetensors.torch import save
+
+        homes: dict[tuple[torch.Size, bytes], str] = {}
+        entries = {
+            name: (homes.setdefault((vector.shape, vector.numpy().tobytes()), name), self.sources[name])
+            for name, vector in sorted(self.vectors.items())
+        }
+        metadata = {"fingerprint": fingerprint, "note": self.note, "energies": json.dumps(entries)}
+        write_file(path, [save({name: self.vectors[name] for name in homes.values()}, metadata)])
+
+    @classmethod
+    def load(cls, path: Path, names: Iterable[str] | None = None, fingerprint: str | None = None) -> Energies:
+        """Read what `save` wrote, all or only `names`.
+
+        Raises
+        ------
+        EnergyError
+            The file belongs to another checkpoint than `fingerprint` says, or is none of ours.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                entries: dict[str, list[str]] = json.loads(metadata["energies"])
+                wanted = entries.keys() if names is None else entries.keys() & set(names)
+                found = metadata["fingerprint"]
+                if fingerprint is not None and found != fingerprint:
+                    raise EnergyError(f"{path.name}: energies of {found[:12]}: wanted {fingerprint[:12]}")
+                homes = {home: file.get_tensor(home) for home in {entries[name][0] for name in wanted}}
+                note = metadata["note"]
+                if not {entries[name][1] for name in wanted} <= SOURCES:
+                    raise ValueError(f"sources other than {', '.join(sorted(SOURCES))}")
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EnergyError(f"{path.name}: no file of energies: {type(error).__name__}: {error}") from error
+        return cls(
+            {name: homes[home] for name, (home, _) in entries.items() if name in wanted},
+            {name: source for name, (_, source) in entries.items() if name in wanted},
+            note,
+        )
