@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service.recipe_options import takes_recipe
+
 if TYPE_CHECKING:
     from service.client import Client, Event
     from service.common.settings import Settings
@@ -36,15 +38,6 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder for jobs, results and
 SourceRoot = Annotated[
     list[Path] | None, typer.Option(help="Folder that local sources may come from; may be given again.")
 ]
-
-Nbits = Annotated[int | None, typer.Option(help="Bits per weight: 1, 2, 3, 4, 5, 6 or 8.")]
-GroupSize = Annotated[str | None, typer.Option(help='Weights that share one scale, or "none" for a whole channel.')]
-Format = Annotated[str | None, typer.Option(help="Format of the result.")]
-Axis = Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")]
-Zero = Annotated[str | None, typer.Option(help="float, int or none; the format's own unless given.")]
-Include = Annotated[list[str] | None, typer.Option(help="Module to quantize although it is copied by default.")]
-Skip = Annotated[list[str] | None, typer.Option(help="Module to leave alone.")]
-MaxShard = Annotated[int | None, typer.Option(help="Size limit of one file of the result, in bytes.")]
 
 
 def main() -> NoReturn:
@@ -172,17 +165,11 @@ def _become(module: str, *arguments: str) -> NoReturn:
 
 
 @app.command()
+@takes_recipe
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint.")],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
-    nbits: Nbits = None,
-    group_size: GroupSize = None,
-    format: Format = None,
-    axis: Axis = None,
-    zero: Zero = None,
-    include: Include = None,
-    skip: Skip = None,
-    max_shard_nbytes: MaxShard = None,
+    recipe: dict[str, Any],
     threads: Annotated[int | None, typer.Option(min=1, help="Solver threads; all cores unless given.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -190,11 +177,11 @@ def quantize(
     from hqq_core.convert import quantize_checkpoint
     from hqq_core.recipe import Recipe
 
-    recipe = Recipe.from_dict(_recipe(nbits, group_size, format, axis, zero, include, skip, max_shard_nbytes))
+    settings = Recipe.from_dict(recipe)
     with _bytes_bar(source.name) as report:
         progress = _stopping_on_signals(report)
         manifest = quantize_checkpoint(
-            source, output, recipe, threads=threads or os.cpu_count() or 1, progress=progress
+            source, output, settings, threads=threads or os.cpu_count() or 1, progress=progress
         )
     if as_json:
         _print_json({"output": str(output), **manifest.to_dict()})
@@ -217,55 +204,16 @@ def _stopping_on_signals(report: Callable[[int, int], None]) -> Callable[[int, i
     return progress
 
 
-def _recipe(
-    nbits: int | None,
-    group_size: str | None,
-    format: str | None,
-    axis: int | None,
-    zero: str | None,
-    include: list[str] | None,
-    skip: list[str] | None,
-    max_shard_nbytes: int | None,
-) -> dict[str, Any]:
-    """Only what was given: defaults are the recipe's business."""
-    given = {
-        "nbits": nbits,
-        "format": format,
-        "axis": axis,
-        "zero": zero,
-        "include_modules": include or None,
-        "skip_modules": skip or None,
-        "max_shard_nbytes": max_shard_nbytes,
-    }
-    recipe: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if group_size is not None:
-        recipe["group_size"] = None if group_size == "none" else _integer(group_size)
-    return recipe
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f'{text!r} is neither a number nor "none"', param_hint="--group-size") from None
-
-
 # Against a service
 
 
 @app.command()
+@takes_recipe
 def submit(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint, as the service sees it.")
     ],
-    nbits: Nbits = None,
-    group_size: GroupSize = None,
-    format: Format = None,
-    axis: Axis = None,
-    zero: Zero = None,
-    include: Include = None,
-    skip: Skip = None,
-    max_shard_nbytes: MaxShard = None,
+    recipe: dict[str, Any],
     label: Annotated[list[str] | None, typer.Option(help="key:value; may be given again.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
@@ -275,7 +223,7 @@ def submit(
     with _client(url) as client:
         job = client.submit(
             source=os.path.abspath(source),
-            recipe=_recipe(nbits, group_size, format, axis, zero, include, skip, max_shard_nbytes),
+            recipe=recipe,
             labels=dict(_label(text) for text in label or ()),
         )
         if watch:

@@ -3,7 +3,16 @@
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StringConstraints,
+)
 
 from hqq_core.recipe import DEFAULT_MAX_SHARD_NBYTES
 from service.common.status import JobStatus, Phase
@@ -22,6 +31,11 @@ def _utc(time: datetime) -> datetime:
         raise ValueError("in UTC it lies outside the years 1 to 9999") from None
 
 
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
+
+
+Nbits = Annotated[StrictFloat, AfterValidator(_whole)]  # 1.58 has no integer
 Time = Annotated[AwareDatetime, AfterValidator(_utc)]
 
 
@@ -43,12 +57,15 @@ class RecipeBody(RequestBody):
     """The library's recipe; what a format can hold is the library's to say."""
 
     format: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "compressed-tensors"
-    nbits: StrictInt = 4
+    nbits: Nbits = 4
     group_size: StrictInt | None = 64
     axis: StrictInt = 1
     zero: Literal["float", "int", "none"] | None = None
     """Null: what the format holds best."""
-    iters: StrictInt = 10
+    preset: Literal["fast", "balanced", "best"] = "balanced"
+    """How long the solver searches."""
+    energy: Literal["auto", "synthetic", "analytic", "none"] = "auto"
+    """Where the weights of the columns come from; auto takes the first of the others that can be had."""
     include_modules: ModuleNames = []
     skip_modules: ModuleNames = []
     max_shard_nbytes: StrictInt = DEFAULT_MAX_SHARD_NBYTES
@@ -109,6 +126,7 @@ class Durations(ResponseBody):
 
     queued: float | None
     plan: float | None
+    profile: float | None
     quantize: float | None
     verify: float | None
 

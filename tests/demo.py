@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ def main() -> None:
         download(client, job)
     print("   service stopped")
     show(job)
+    show_energies(job)
     judge(source)
     print(f"\nThe result: {RESULT}")
 
@@ -108,6 +110,14 @@ def show(job: dict[str, Any]) -> None:
         "   seconds by phase: "
         + ", ".join(f"{phase} {took:.2f}" for phase, took in durations.items() if took is not None)
     )
+
+
+def show_energies(job: dict[str, Any]) -> None:
+    """Where the weights of the columns came from, tensor by tensor, as the report has it."""
+    report = json.loads((RESULT / "halfquad_report.json").read_text())
+    sources = Counter(tensor["energy"] for tensor in report["tensors"] if tensor["spec"])
+    said = ", ".join(f"{source} for {count} tensors" for source, count in sources.most_common())
+    print(f"   preset {job['recipe']['preset']}; input energy {said}")
 
 
 def judge(source: Path) -> None:

@@ -30,6 +30,10 @@ HAND_BACK = signal.SIGUSR2
 NODE_VARIABLE = "CELERY_NODE_NAME"  # a spawned child is told its parent's name by nothing but the environment
 CHILD_START_S = 60  # importing torch from a cold disk; Celery would kill the child after 4 s
 
+# no worker talks to a Hub: before huggingface_hub is loaded, which looks once, and for the child to inherit
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.setdefault(variable, "1")
+
 settings = Settings()
 app = Celery("halfquad", include=["worker.tasks"])
 app.conf.update(

@@ -60,6 +60,10 @@ class Heartbeat:
     def progress(self, nbytes_done: int) -> None:
         """Called by the unit several times a second, with the bytes it has put behind it."""
         self._nbytes_done = nbytes_done
+        self.look()
+
+    def look(self) -> None:
+        """Cancelled when the unit has to stop."""
         if stop := self.stop:
             raise Cancelled(stop.value)
 

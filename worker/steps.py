@@ -5,6 +5,7 @@ Every step may run twice with the same result; no transaction is open while one 
 
 import errno
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,22 +15,27 @@ from structlog.contextvars import bound_contextvars
 
 from hqq_core import convert
 from hqq_core.checkpoint import MANIFEST
-from hqq_core.errors import Cancelled, CheckpointError, StorageFullError
-from hqq_core.plan import Plan, build_plan
+from hqq_core.energy import Energies
+from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError
+from hqq_core.plan import Plan, ShardPlan, build_plan
 from hqq_core.recipe import Recipe
 from hqq_core.results import ArtifactFile, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from service.common import outbox, repository
 from service.common.errors import LeaseLost, ResultDamaged, Unavailable, describe, is_final
+from service.common.events import log_data
 from service.common.models import Job
 from service.common.repository import Claim, ShardWork
 from service.common.status import UnitKind
+from worker import energies
+from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat, Stop
 from worker.reaper import discard_files
 from worker.sources import open_source
 from worker.workplace import Workplace
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+ENERGIES_DAMAGED = "the job's input energies are damaged or gone"
 
 logger = structlog.get_logger(__name__)
 
@@ -112,22 +118,42 @@ def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     workplace.store.check_room(plan.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
     workplace.store.create(claim.job_id)
     workplace.store.write_plan(claim.job_id, plan.to_dict())
-    shards = [ShardWork(shard.index, shard.nbytes_in) for shard in plan.shards]
     with workplace.database.write() as session:
-        return repository.plan_succeeded(session, claim, shards)
+        return repository.plan_succeeded(session, claim, _shards(plan), profile=energies.needed(plan.recipe))
+
+
+def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
+    """The input energies, and the plan that says which tensor has which."""
+    store, settings = workplace.store, workplace.settings
+    plan = _read_plan(workplace, claim, profiled=False)
+    checkpoint = open_source(claim.source, workplace.roots)
+    cache = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
+    found, cached = energies.obtain(checkpoint, plan, store.energies(claim.job_id), cache, heartbeat)
+    plan = plan.with_energies(found)
+    store.write_plan(claim.job_id, plan.to_dict(), profiled=True)
+    counts = Counter(tensor.energy or "none" for tensor in plan.tensors if tensor.spec)
+    said = ", ".join(f"{count} {source}" for source, count in counts.most_common())
+    about = {"energy": dict(counts), "cached": cached, "note": found.note}
+    logger.info("Input energies are there.", action="energies_ready", **about)
+    message = f"input energies of the tensors to quantize: {said}{', cached' if cached else ''}"
+    with workplace.database.write() as session:
+        entry = log_data("energies_ready", message, **about)
+        return repository.profile_succeeded(session, claim, _shards(plan), entry)
 
 
 def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     """One input shard, solved and written."""
-    plan = Plan.from_dict(workplace.store.read_plan(claim.job_id))
+    plan = _final_plan(workplace, claim)
+    shard = plan.shards[claim.index]
+    weighting = _read_energies(workplace, claim, shard) if energies.needed(plan.recipe) else None
     checkpoint = open_source(claim.source, workplace.roots)
-    nbytes_planned = plan.shards[claim.index].nbytes_out
-    workplace.store.check_room(nbytes_planned, reserve_nbytes=workplace.settings.min_free_nbytes)
+    workplace.store.check_room(shard.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
     result = convert.quantize_shard(
         checkpoint,
         plan,
         claim.index,
         workplace.store.output(claim.job_id),
+        weighting,
         threads=workplace.settings.threads,
         progress=heartbeat.progress,
     )
@@ -138,7 +164,7 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
 
 def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     """Every written byte read once more; then index, config, report and, last, the manifest."""
-    plan = Plan.from_dict(workplace.store.read_plan(claim.job_id))
+    plan = _final_plan(workplace, claim)
     output = workplace.store.output(claim.job_id)
     with workplace.database.read() as session:
         results = [ShardResult.from_dict(result) for result in repository.shard_results(session, claim.job_id)]
@@ -151,15 +177,47 @@ def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     written = output / MANIFEST
     last = ArtifactFile(written.name, written.stat().st_size, sha256_file(written))
     artifacts = [asdict(file) for file in (*manifest.files, last)]
+    workplace.store.energies(claim.job_id).unlink(missing_ok=True)  # no finish needs them, this one or its next start
     with workplace.database.write() as session:
         return repository.finish_succeeded(session, claim, artifacts=artifacts, metrics=manifest.metrics)
 
 
 STEPS: dict[UnitKind, Callable[[Workplace, Claim, Heartbeat], Job]] = {
     UnitKind.PLAN: plan_job,
+    UnitKind.PROFILE: profile_job,
     UnitKind.SHARD: quantize_shard,
     UnitKind.FINISH: finish_job,
 }
+
+
+def _shards(plan: Plan) -> list[ShardWork]:
+    return [ShardWork(shard.index, shard.nbytes_in) for shard in plan.shards]
+
+
+def _final_plan(workplace: Workplace, claim: Claim) -> Plan:
+    """What shards and finish go by: the profile's plan, where the job has a profile."""
+    return _read_plan(workplace, claim, profiled=energies.needed(Recipe.from_dict(claim.recipe)))
+
+
+def _read_plan(workplace: Workplace, claim: Claim, *, profiled: bool) -> Plan:
+    try:
+        return Plan.from_dict(workplace.store.read_plan(claim.job_id, profiled=profiled))
+    except (FileNotFoundError, CheckpointError) as error:
+        raise ResultDamaged(
+            "the job's plan is gone, or another version of Halfquad made it: submit the job again"
+        ) from error
+
+
+def _read_energies(workplace: Workplace, claim: Claim, shard: ShardPlan) -> Energies:
+    """What the profile left for the tensors of a shard; where it is not what was planned, that is nobody's fault but ours."""
+    planned = {tensor.name: tensor.energy for tensor in shard.tensors if tensor.energy}
+    try:
+        found = Energies.load(workplace.store.energies(claim.job_id), planned)
+    except (EnergyError, OSError) as error:
+        raise ResultDamaged(ENERGIES_DAMAGED) from error
+    if any(found.source(name) != source for name, source in planned.items()):
+        raise ResultDamaged(ENERGIES_DAMAGED)
+    return found
 
 
 def _verify(result: ShardResult, output: Path, before: int, heartbeat: Heartbeat) -> None:

@@ -88,6 +88,7 @@ class Job(Base):
     queued_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     planned_at: Mapped[datetime | None]
+    profiled_at: Mapped[datetime | None]  # never, where nothing was to be profiled
     quantized_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
@@ -103,7 +104,8 @@ class Job(Base):
         total, done = self.nbytes_total, self.nbytes_done
         since = {
             Phase.PREFLIGHT: self.started_at,
-            Phase.QUANTIZING: self.planned_at,
+            Phase.PROFILING: self.planned_at,
+            Phase.QUANTIZING: self.profiled_at or self.planned_at,
             Phase.VERIFYING: self.quantized_at,
         }[self.phase]
         eta_s = None
@@ -124,7 +126,8 @@ class Job(Base):
         return {
             "queued": _seconds(self.queued_at, self.started_at),
             "plan": _seconds(self.started_at, self.planned_at),
-            "quantize": _seconds(self.planned_at, self.quantized_at),
+            "profile": _seconds(self.planned_at, self.profiled_at),
+            "quantize": _seconds(self.profiled_at or self.planned_at, self.quantized_at),
             "verify": _seconds(self.quantized_at, self.finished_at),
         }
 
@@ -134,7 +137,7 @@ def _seconds(start: datetime | None, end: datetime | None) -> float | None:
 
 
 class Unit(Base):
-    """One step of a job, done by one worker at a time: the plan, a shard, or the finish."""
+    """One step of a job, done by one worker at a time: the plan, the profile, a shard, or the finish."""
 
     __tablename__ = "units"
     __table_args__ = (

@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     """Solver threads of one unit; all cores unless set."""
     min_free_nbytes: NonNegativeInt = 1024**3
     """Disk space that results leave free."""
+    energy_cache_nbytes: NonNegativeInt = 4 * 1024**3
+    """Disk space for input energies that later jobs on the same source may use."""
     lease_s: PositiveFloat = 90
     """A running unit not heard of for this long is taken from its worker."""
     heartbeat_s: PositiveFloat = 20

@@ -14,12 +14,14 @@ class JobStatus(StrEnum):
 
 class Phase(StrEnum):
     PREFLIGHT = "preflight"
+    PROFILING = "profiling"
     QUANTIZING = "quantizing"
     VERIFYING = "verifying"
 
 
 class UnitKind(StrEnum):
     PLAN = "plan"
+    PROFILE = "profile"
     SHARD = "shard"
     FINISH = "finish"
 

@@ -1,4 +1,10 @@
-"""The artifact store: a private folder for each job, `plan.json` and `output/` in it."""
+"""The artifact store: a private folder for each job.
+
+plan.json               what the plan unit wrote
+plan.profiled.json      the same with input energies: the profile unit's, where the job has one
+energies.safetensors    the profile unit's too, until the shards are done
+output/                 the result
+"""
 
 import json
 import os
@@ -34,9 +40,13 @@ class ArtifactStore:
         """Where the job's checkpoint is written."""
         return self.folder(job_id) / "output"
 
-    def write_plan(self, job_id: str, plan: dict[str, Any]) -> None:
-        """Whole or not at all."""
-        final = self.folder(job_id) / "plan.json"
+    def energies(self, job_id: str) -> Path:
+        """Where the job's input energies are kept until its last shard is done."""
+        return self.folder(job_id) / "energies.safetensors"
+
+    def write_plan(self, job_id: str, plan: dict[str, Any], *, profiled: bool = False) -> None:
+        """Whole or not at all; each unit has a file of its own, so one that wakes late undoes nobody's work."""
+        final = self._plan(job_id, profiled)
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(plan, file)
@@ -45,9 +55,12 @@ class ArtifactStore:
         temporary.replace(final)
         _sync_folder(final.parent)
 
-    def read_plan(self, job_id: str) -> dict[str, Any]:
-        plan: dict[str, Any] = json.loads((self.folder(job_id) / "plan.json").read_text(encoding="utf-8"))
+    def read_plan(self, job_id: str, *, profiled: bool = False) -> dict[str, Any]:
+        plan: dict[str, Any] = json.loads(self._plan(job_id, profiled).read_text(encoding="utf-8"))
         return plan
+
+    def _plan(self, job_id: str, profiled: bool) -> Path:
+        return self.folder(job_id) / ("plan.profiled.json" if profiled else "plan.json")
 
     def remove(self, job_id: str) -> None:
         """All that the job left; nothing where nothing is."""

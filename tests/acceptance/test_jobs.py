@@ -27,7 +27,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[
 
 def test_from_submit_to_files(installation: Installation, sharded: Path, undisturbed: Path, tmp_path: Path) -> None:
     installation.start()
-    talk = installation.run("submit", str(sharded), "--nbits", "4", "--group-size", "64", "--watch", "--json")
+    options = ["--nbits", "4", "--group-size", "64", "--energy", "analytic"]
+    talk = installation.run("submit", str(sharded), *options, "--watch", "--json")
     events = [json.loads(line) for line in talk.splitlines()]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert events[-1]["type"] == "done"

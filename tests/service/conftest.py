@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.common import repository
+from service.common.events import log_data
 from service.common.models import Base, Job
 from service.common.repository import Claim, ShardWork
 from service.common.schema import migrate
@@ -86,6 +87,10 @@ def api(settings: Settings, migrated: Database) -> Iterator[TestClient]:
         yield client
 
 
+def shard_work(nbytes: Iterable[int]) -> list[ShardWork]:
+    return [ShardWork(i, n) for i, n in enumerate(nbytes)]
+
+
 class Hand:
     """Does by hand what a worker does to the rows."""
 
@@ -110,10 +115,15 @@ class Hand:
         assert claim is not None
         return claim
 
-    def plan(self, *nbytes: int) -> Job:
+    def plan(self, *nbytes: int, profile: bool = False) -> Job:
         claim = self.claim()
         with self.database.write() as session:
-            return repository.plan_succeeded(session, claim, [ShardWork(i, n) for i, n in enumerate(nbytes)])
+            return repository.plan_succeeded(session, claim, shard_work(nbytes), profile=profile)
+
+    def profile(self, *nbytes: int, claim: Claim | None = None) -> Job:
+        claim = claim or self.claim()
+        with self.database.write() as session:
+            return repository.profile_succeeded(session, claim, shard_work(nbytes), log_data("energies_ready", "there"))
 
     def solve(self, claim: Claim | None = None, *, nbytes_out: int = 10) -> Job:
         claim = claim or self.claim()

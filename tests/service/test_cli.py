@@ -1,5 +1,6 @@
 """The command as a user runs it: exit codes, data on stdout, talk on stderr."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,8 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from service.cli import main
+from hqq_core.checkpoint import REPORT
+from hqq_core.recipe import Recipe
+from service.cli import app, main
 from service.common.session import Database
 from tests.checkpoints import folder_bytes, llama_config, save_llama
 
@@ -72,6 +76,31 @@ def test_quantize_talks_to_people_too(tmp_path: Path, halfquad: Run) -> None:
     assert "tiny" in stderr, "the progress bar"
 
 
+def test_recipe_has_an_option_for_each_setting_in_both_commands() -> None:
+    settings = {field.name.removesuffix("_modules") for field in dataclasses.fields(Recipe)}
+    for name in ("quantize", "submit"):
+        assert settings <= {parameter.name for parameter in get_command(app).commands[name].params}
+
+
+def test_options_reach_the_recipe(tmp_path: Path, halfquad: Run) -> None:
+    options = "--format hqq --nbits 1.58 --group-size none --axis 1 --zero float --preset fast --energy analytic"
+    more = "--include lm_head --skip o_proj --skip down_proj --max-shard-nbytes 100000"
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    halfquad("quantize", source, "--output", output, *options.split(), *more.split())
+    wanted = Recipe(
+        format="hqq",
+        nbits=1.58,
+        group_size=None,
+        zero="float",
+        preset="fast",
+        energy="analytic",
+        include_modules=("lm_head",),
+        skip_modules=("o_proj", "down_proj"),
+        max_shard_nbytes=100_000,
+    )
+    assert json.loads((output / REPORT).read_text())["recipe"] == wanted.to_dict()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -79,6 +108,8 @@ def test_quantize_talks_to_people_too(tmp_path: Path, halfquad: Run) -> None:
         (["--group-size", "48"], "group_size 48"),
         (["--group-size", "some"], "--group-size"),
         (["--format", "gptq"], "gptq"),
+        (["--preset", "slow"], "preset"),
+        (["--energy", "solar"], "energy"),
         (["--colour", "red"], "--colour"),
         (["--threads", "-1"], "--threads"),
         (["--threads", "0"], "--threads"),

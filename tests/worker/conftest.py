@@ -12,7 +12,7 @@ from service.common import repository, schema
 from service.common.models import Job, Unit
 from service.common.repository import Claim
 from service.common.settings import Settings
-from service.common.status import UnitStatus
+from service.common.status import UnitKind, UnitStatus
 from tests.checkpoints import save_llama
 from worker.steps import run_unit
 from worker.workplace import Workplace
@@ -82,6 +82,11 @@ class Foreman:
 
     def run_next(self) -> None:
         run_unit(self.workplace, self.units()[0].id, owner="worker@here", leaving=self.leaving)
+
+    def run_up_to(self, kind: UnitKind) -> None:
+        """All that comes before the first unit of this kind."""
+        while self.units()[0].kind != kind:
+            self.run_next()
 
     def run_all(self) -> None:
         while self.units():

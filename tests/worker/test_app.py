@@ -32,6 +32,13 @@ def test_big_child_is_replaced() -> None:
     assert run_python(code, HALFQUAD_MAX_CHILD_NBYTES=str(2 << 30)) == str(2 << 20)
 
 
+def test_worker_talks_to_no_hub_unless_told_to() -> None:
+    code = "import worker.app, huggingface_hub.constants as hub, os; "
+    code += "print(hub.HF_HUB_OFFLINE, os.environ['TRANSFORMERS_OFFLINE'])"
+    assert run_python(code) == "True 1"
+    assert run_python(code, HF_HUB_OFFLINE="0", TRANSFORMERS_OFFLINE="0") == "False 0"
+
+
 def test_worker_refuses_a_database_below_head(tmp_path) -> None:
     settings = Settings(data_dir=tmp_path)
     environment = {"HALFQUAD_DATA_DIR": str(settings.data_dir)}

@@ -1,14 +1,19 @@
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hqq_core.convert import quantize_checkpoint
+from hqq_core.recipe import Recipe
 from service.common import repository
 from service.common.errors import LeaseLost
 from service.common.queue import Broker
 from service.common.settings import Settings
-from service.common.status import JobStatus, Phase, UnitStatus
+from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
 from tests.checkpoints import folder_bytes
 from tests.worker.conftest import RECIPE, Foreman
 from worker.heartbeat import Heartbeat
@@ -52,7 +57,7 @@ def test_shard_done_but_not_written_down_is_done_again_with_the_same_bytes(
     foreman: Foreman, workplace: Workplace, source: Path
 ) -> None:
     job = foreman.submit(source)
-    foreman.run_next()
+    foreman.run_up_to(UnitKind.SHARD)
     claim = foreman.claim_next()
     heartbeat = Heartbeat(workplace, claim, leaving=foreman.leaving)
     with workplace.database.write() as session:
@@ -71,7 +76,7 @@ def test_shard_done_but_not_written_down_is_done_again_with_the_same_bytes(
 
 def test_leaving_worker_hands_its_unit_back(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     job = foreman.submit(source)
-    foreman.run_next()
+    foreman.run_up_to(UnitKind.SHARD)
     foreman.leaving.set()
     foreman.run_next()
     assert "unit_handed_back" in foreman.actions(job)
@@ -111,7 +116,7 @@ def test_shard_that_cannot_be_opened_fails_at_the_first_start(
     foreman: Foreman, workplace: Workplace, source: Path
 ) -> None:
     job = foreman.submit(source)
-    foreman.run_next()
+    foreman.run_up_to(UnitKind.SHARD)
     shard = source / "model-00002-of-00002.safetensors"
     shard.unlink()
     shard.symlink_to(shard)  # which nobody can open, not even root
@@ -124,8 +129,8 @@ def test_shard_that_cannot_be_opened_fails_at_the_first_start(
 
 def test_unknown_error_is_tried_again_then_fails_the_job(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     job = foreman.submit(source, max_attempts=2)
-    foreman.run_next()
-    (workplace.store.folder(job.id) / "plan.json").unlink()
+    foreman.run_up_to(UnitKind.SHARD)
+    shutil.rmtree(workplace.store.output(job.id))
     foreman.run_next()
     assert foreman.get(job).status == JobStatus.RUNNING
     foreman.run_next()
@@ -139,10 +144,30 @@ def test_unknown_error_is_tried_again_then_fails_the_job(foreman: Foreman, workp
     assert not workplace.store.folder(job.id).exists()
 
 
+def age(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, age], ids=["gone", "old"])
+@pytest.mark.parametrize("energy", ["analytic", "none"])
+def test_plan_that_cannot_be_followed_is_not_the_users_fault(
+    foreman: Foreman, workplace: Workplace, source: Path, energy: Any, spoil: Callable[[Path], None]
+) -> None:
+    job = foreman.submit(source, Recipe(energy=energy), max_attempts=1)
+    foreman.run_up_to(UnitKind.SHARD)
+    for plan in workplace.store.folder(job.id).glob("plan*.json"):
+        spoil(plan)
+    foreman.run_all()
+    job = foreman.get(job)
+    assert job.error is not None
+    assert (job.error["code"], job.error["type"]) == ("result_damaged", "system")
+    assert job.error["message"].startswith("the job's plan is gone, or another version of Halfquad made it")
+    assert str(workplace.store.root) not in job.error["message"]
+
+
 def test_damaged_result_is_never_published(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     job = foreman.submit(source)
-    for _ in range(3):
-        foreman.run_next()
+    foreman.run_up_to(UnitKind.FINISH)
     damaged = workplace.store.output(job.id) / "model-00001-of-00002.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1

@@ -1,6 +1,7 @@
 """Outcomes: what follows when a unit has succeeded, has stopped or is handed back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
@@ -17,15 +18,32 @@ from service.common.repository.units import ShardWork, insert_units, queue_again
 from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
 
 
-def plan_succeeded(session: Session, claim: Claim, shards: Iterable[ShardWork]) -> Job:
-    """The plan is stored: one unit for each of its shards."""
-    shards = list(shards)
+def plan_succeeded(session: Session, claim: Claim, shards: Sequence[ShardWork], *, profile: bool = False) -> Job:
+    """The plan is stored: one unit to profile its source, or at once one for each of its shards."""
     if not shards:
         raise ValueError("a plan without shards has no end")
     job, at = end_unit(session, claim, UnitStatus.SUCCEEDED)
     if job.status != JobStatus.RUNNING:
         return settle_job(session, job, at)
-    job = enter_phase(session, job, Phase.QUANTIZING, sum(shard.nbytes for shard in shards), at, planned_at=at)
+    if not profile:
+        return _begin_quantizing(session, job, shards, at, planned_at=at)
+    nbytes = 2 * sum(shard.nbytes for shard in shards)  # each is hashed, then multiplied with
+    job = enter_phase(session, job, Phase.PROFILING, nbytes, at, planned_at=at)
+    insert_units(session, job, UnitKind.PROFILE, [ShardWork(0, nbytes)], at)
+    return job
+
+
+def profile_succeeded(session: Session, claim: Claim, shards: Sequence[ShardWork], entry: dict[str, Any]) -> Job:
+    """The energies and the plan that names them are stored; `entry` is what the log says of them."""
+    job, at = end_unit(session, claim, UnitStatus.SUCCEEDED, nbytes_done=Unit.nbytes_total)
+    if job.status != JobStatus.RUNNING:
+        return settle_job(session, job, at)
+    append_event(session, job, EventType.LOG, entry, at)
+    return _begin_quantizing(session, job, shards, at, profiled_at=at)
+
+
+def _begin_quantizing(session: Session, job: Job, shards: Sequence[ShardWork], at: datetime, **values: Any) -> Job:
+    job = enter_phase(session, job, Phase.QUANTIZING, sum(shard.nbytes for shard in shards), at, **values)
     insert_units(session, job, UnitKind.SHARD, shards, at)
     return job
 

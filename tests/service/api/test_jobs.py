@@ -81,14 +81,23 @@ def test_recipe_body_is_the_librarys_recipe():
     assert set(RecipeBody.model_fields) == {field.name for field in dataclasses.fields(Recipe)}
 
 
+@pytest.mark.parametrize(("nbits", "shown"), [(3, "3"), (4.0, "4"), (1.58, "1.58")])
+def test_bits_are_whole_or_ternary(submit, nbits, shown):
+    assert json.dumps(submit(recipe={"format": "hqq", "nbits": nbits})["recipe"]["nbits"]) == shown
+
+
 @pytest.mark.parametrize(
     ("change", "code", "pointer"),
     [
         ({"surprise": 1}, "extra_forbidden", "/surprise"),
         ({"recipe": {"bits": 4}}, "extra_forbidden", "/recipe/bits"),
-        ({"recipe": {"nbits": "4"}}, "int_type", "/recipe/nbits"),
-        ({"recipe": {"nbits": True}}, "int_type", "/recipe/nbits"),
+        ({"recipe": {"nbits": "4"}}, "float_type", "/recipe/nbits"),
+        ({"recipe": {"nbits": True}}, "float_type", "/recipe/nbits"),
         ({"recipe": {"nbits": 7}}, "invalid_setting", "/recipe/nbits"),
+        ({"recipe": {"nbits": 1.5, "format": "hqq"}}, "invalid_setting", "/recipe/nbits"),
+        ({"recipe": {"preset": "slow"}}, "literal_error", "/recipe/preset"),
+        ({"recipe": {"energy": "solar"}}, "literal_error", "/recipe/energy"),
+        ({"recipe": {"iters": 10}}, "extra_forbidden", "/recipe/iters"),
         ({"recipe": {"group_size": -1}}, "invalid_setting", "/recipe/group_size"),
         ({"recipe": {"nbits": 3, "format": "compressed-tensors"}}, "format_cannot_hold", "/recipe/nbits"),
         ({"recipe": {"format": "gguf"}}, "format_cannot_hold", "/recipe/format"),

@@ -25,12 +25,13 @@ picks = st.integers(0, 7)
 class JobTable(RuleBasedStateMachine):
     """One job; claims may be held by zombies whose unit was reaped."""
 
-    @initialize(n_shards=st.integers(1, 3))
-    def submit(self, n_shards):
+    @initialize(n_shards=st.integers(1, 3), profile=st.booleans())
+    def submit(self, n_shards, profile):
         self.folder = tempfile.TemporaryDirectory()
         self.database = Database(f"sqlite:///{Path(self.folder.name) / 'halfquad.db'}")
         migrate(self.database)
-        self.n_shards = n_shards
+        self.shards = [ShardWork(i, 10) for i in range(n_shards)]
+        self.profile = profile
         self.claims = []
         self.seen = JobStatus.QUEUED
         with self.database.write() as session:
@@ -67,8 +68,9 @@ class JobTable(RuleBasedStateMachine):
         def act(session, claim):
             match claim.kind:
                 case UnitKind.PLAN:
-                    shards = [ShardWork(i, 10) for i in range(self.n_shards)]
-                    repository.plan_succeeded(session, claim, shards)
+                    repository.plan_succeeded(session, claim, self.shards, profile=self.profile)
+                case UnitKind.PROFILE:
+                    repository.profile_succeeded(session, claim, self.shards, {})
                 case UnitKind.SHARD:
                     repository.shard_succeeded(session, claim, {}, nbytes_out=5)
                 case UnitKind.FINISH:
@@ -157,7 +159,7 @@ class JobTable(RuleBasedStateMachine):
         assert [event.type for event in events].count("done") == (job.status in TERMINAL)
         assert waiting == {unit.id for unit in units if unit.status == UnitStatus.QUEUED}
         assert all(unit.attempt <= job.max_attempts for unit in units)
-        assert sum(unit.kind == UnitKind.FINISH for unit in units) <= 1
+        assert all(sum(unit.kind == kind for unit in units) <= 1 for kind in (UnitKind.PROFILE, UnitKind.FINISH))
         live = [unit for unit in units if unit.status in (UnitStatus.QUEUED, UnitStatus.RUNNING)]
         match job.status:
             case JobStatus.QUEUED | JobStatus.RUNNING:

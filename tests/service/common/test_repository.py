@@ -88,12 +88,45 @@ def test_job_goes_from_queued_to_succeeded(database, hand):
     job = hand.finish(artifact)
     assert job.status == JobStatus.SUCCEEDED
     assert job.result == {"artifacts": [artifact], "metrics": {"bits_per_weight": 4.5}}
-    assert all(seconds >= 0 for seconds in job.durations.values())
+    assert job.durations["profile"] is None
+    assert all(seconds >= 0 for phase, seconds in job.durations.items() if phase != "profile")
     events = hand.events(job)
     assert [data["status"] for type, data in events if type == "status"] == ["queued", *["running"] * 3, "succeeded"]
     assert [type for type, _ in events][-3:] == ["artifact", "status", "done"]
     assert events[-1][1] == {"status": "succeeded", "metrics": {"bits_per_weight": 4.5}}
     assert count(database, Outbox) == 0
+
+
+def test_profile_comes_between_the_plan_and_the_shards(database, hand):
+    job = hand.insert()
+    job = hand.plan(100, 300, profile=True)
+    assert (job.phase, job.nbytes_total, job.progress["eta_seconds"]) == (Phase.PROFILING, 800, None)
+    claim = hand.claim()
+    assert claim.kind == UnitKind.PROFILE
+    with database.write() as session:
+        repository.save_progress(session, claim, 200, lease_s=60)
+    progress = hand.get(job).progress
+    assert (progress["phase"], progress["percent"]) == ("profiling", 25)
+    assert progress["eta_seconds"] >= 0
+    job = hand.profile(100, 300, claim=claim)
+    assert (job.phase, job.nbytes_done, job.nbytes_total) == (Phase.QUANTIZING, 0, 400)
+    assert [unit.nbytes_total for unit in unit_rows(database, job) if unit.kind == UnitKind.SHARD] == [100, 300]
+    assert hand.events(job)[-2:] == [
+        ("log", {"action": "energies_ready", "message": "there"}),
+        ("status", {"status": "running", "phase": "quantizing"}),
+    ]
+    hand.solve(), hand.solve()
+    job = hand.finish()
+    assert all(seconds >= 0 for seconds in job.durations.values())
+
+
+def test_profile_that_ends_after_a_cancel_calls_for_nothing(database, hand):
+    job = hand.insert()
+    hand.plan(1, profile=True)
+    claim = hand.claim()
+    hand.cancel(job)
+    assert hand.profile(1, claim=claim).status == JobStatus.CANCELLED
+    assert {unit.kind for unit in unit_rows(database, job)} == {UnitKind.PLAN, UnitKind.PROFILE}
 
 
 def test_shard_results_come_in_the_order_of_the_plan(database, hand):
@@ -269,7 +302,7 @@ def test_cancel_of_a_queued_job_is_immediate(database, hand):
     assert count(database, Outbox) == 0
     assert [unit.status for unit in unit_rows(database, job)] == [UnitStatus.CANCELLED]
     assert hand.cancel(job).version == job.version
-    assert job.durations == {"queued": None, "plan": None, "quantize": None, "verify": None}
+    assert job.durations == dict.fromkeys(["queued", "plan", "profile", "quantize", "verify"])
 
 
 def test_cancel_waits_for_the_last_running_unit(database, hand):

@@ -4,12 +4,14 @@ import sys
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select, update
 
+from hqq_core.recipe import Recipe
 from service.common.errors import NotMigrated, Unavailable
-from service.common.models import Base
+from service.common.models import Base, Job
 from service.common.schema import check_head, downgrade, migrate
 from service.common.session import Database
+from service.common.status import JobStatus
 
 
 @pytest.fixture
@@ -34,6 +36,35 @@ def test_up_down_to_base_and_up_again(empty):
     assert inspect(empty.engine).get_table_names() == ["alembic_version"]
     migrate(empty)
     check_head(empty)
+
+
+def test_rows_survive_a_step_down_and_up(database, hand):
+    job = hand.insert()
+    hand.plan(10, 20)
+    before = hand.events(job)
+    downgrade(database, "0001")
+    migrate(database)
+    assert hand.events(job) == before
+    hand.solve(), hand.solve()
+    assert hand.finish().status == JobStatus.SUCCEEDED
+
+
+def test_stored_recipes_follow_the_library(database, hand):
+    known = {name: value for name, value in Recipe().to_dict().items() if name not in ("preset", "energy")}
+    job = hand.insert()
+
+    def store(recipe):
+        with database.write() as session:
+            session.execute(update(Job).where(Job.id == job.id).values(recipe=recipe))
+
+    store(Recipe().to_dict())
+    downgrade(database, "0001")
+    with database.read() as session:
+        assert session.scalar(select(Job.recipe)) == known
+    store({**known, "iters": 10})
+    migrate(database)
+    assert hand.get(job).recipe == known
+    assert Recipe.from_dict(known) == Recipe()
 
 
 def test_two_may_migrate_at_once(database_url):

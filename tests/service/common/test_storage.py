@@ -27,7 +27,9 @@ def test_plan_round_trip(store, job_id):
     store.write_plan(job_id, {"shards": [1]})
     store.write_plan(job_id, {"shards": [1, 2]})
     assert store.read_plan(job_id) == {"shards": [1, 2]}
-    assert sorted(path.name for path in store.folder(job_id).iterdir()) == ["output", "plan.json"]
+    store.write_plan(job_id, {"shards": [3]}, profiled=True)
+    assert (store.read_plan(job_id), store.read_plan(job_id, profiled=True)) == ({"shards": [1, 2]}, {"shards": [3]})
+    assert sorted(path.name for path in store.folder(job_id).iterdir()) == ["output", "plan.json", "plan.profiled.json"]
 
 
 def test_removed_job_is_gone(store, job_id):
@@ -41,7 +43,7 @@ def test_removed_job_is_gone(store, job_id):
 
 @pytest.mark.parametrize("name", ["..", "job_../../etc", "", "job_x", "job_01K8Z3V4TQ8M3W1B0G6C2N9R5A/.."])
 def test_only_job_ids_make_a_path(store, name):
-    for use in (store.folder, store.output, store.create, store.remove):
+    for use in (store.folder, store.output, store.energies, store.create, store.remove):
         with pytest.raises(ValueError, match="not a job id"):
             use(name)
 

@@ -1,0 +1,70 @@
+"""The recipe's options, for every command that takes them: one parameter of `recipe` each."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+
+def recipe(
+    nbits: Annotated[float | None, typer.Option(help="Bits per weight: 1, 1.58, 2, 3, 4, 5, 6 or 8.")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help='Weights that share one scale, or "none" for a whole channel.')
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Format of the result.")] = None,
+    axis: Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")] = None,
+    zero: Annotated[str | None, typer.Option(help="float, int or none; the format's own unless given.")] = None,
+    preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
+    energy: Annotated[
+        str | None, typer.Option(help="What weights the columns: auto, synthetic, analytic or none.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Module to quantize although it is copied by default.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Module to leave alone.")] = None,
+    max_shard_nbytes: Annotated[
+        int | None, typer.Option(help="Size limit of one file of the result, in bytes.")
+    ] = None,
+) -> dict[str, Any]:
+    """Only what was given: defaults are the recipe's business."""
+    given = {
+        "nbits": int(nbits) if nbits is not None and nbits.is_integer() else nbits,
+        "format": format,
+        "axis": axis,
+        "zero": zero,
+        "preset": preset,
+        "energy": energy,
+        "include_modules": include or None,
+        "skip_modules": skip or None,
+        "max_shard_nbytes": max_shard_nbytes,
+    }
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if group_size is not None:
+        fields["group_size"] = None if group_size == "none" else _integer(group_size)
+    return fields
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `recipe` in place of its parameter `recipe`."""
+    own = inspect.signature(command).parameters
+    options = inspect.signature(recipe).parameters
+    merged: dict[str, inspect.Parameter] = {}
+    for name, parameter in own.items():
+        merged |= options if name == "recipe" else {name: parameter}
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        command(recipe=recipe(**{name: values.pop(name) for name in options}), **values)
+
+    with_options.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
+    with_options.__annotations__ = {name: parameter.annotation for name, parameter in merged.items()}
+    return with_options
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f'{text!r} is neither a number nor "none"', param_hint="--group-size") from None

@@ -1,0 +1,67 @@
+"""The input energies of a job's source: measured, in a thread of their own, or found in the cache."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+from hqq_core.checkpoint import Checkpoint
+from hqq_core.energy import Energies, fingerprint, profile
+from hqq_core.plan import Plan
+from hqq_core.recipe import Recipe
+from hqq_core.safetensors_file import discard_temporaries
+from worker.energy_cache import EnergyCache
+from worker.heartbeat import Heartbeat
+
+T = TypeVar("T")
+LOOK_S = 0.2
+
+# One at a time: what a stopped unit left behind, an import or a large product, ends before the next begins.
+_aside = ThreadPoolExecutor(1, thread_name_prefix="energies")
+
+
+def needed(recipe: Recipe) -> bool:
+    """Whether input energies matter: a group along axis 0 lies within one column, which has one weight."""
+    return recipe.energy != "none" and recipe.axis != 0
+
+
+def obtain(
+    checkpoint: Checkpoint, plan: Plan, path: Path, cache: EnergyCache, heartbeat: Heartbeat
+) -> tuple[Energies, bool]:
+    """The energies that a plan's recipe asks for, also saved at `path`, and whether an earlier job had left them."""
+    mode = plan.recipe.energy
+    before = _state(checkpoint)
+    source = _stoppable(lambda: fingerprint(checkpoint, progress=heartbeat.progress), heartbeat)
+    if (found := cache.fetch(source, mode, path)) is not None:
+        return found, True
+
+    def progress(nbytes: int) -> None:
+        heartbeat.progress(plan.nbytes_in + nbytes)
+
+    energies = _stoppable(lambda: profile(checkpoint, mode, progress=progress), heartbeat)
+    discard_temporaries(path)
+    energies.save(path, source)
+    # analytic ones for "auto" come of a bad moment, of which others should not suffer
+    if (mode != "auto" or "synthetic" in energies.sources.values()) and _state(checkpoint) == before:
+        cache.keep(source, mode, path)
+    return energies, False
+
+
+def _state(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
+    """Of the weight files: another one if they were touched, so what was hashed may not be what was measured."""
+    states = []
+    for file in checkpoint.files:
+        with checkpoint.shard(file) as reader:
+            status = os.fstat(reader.file)
+        states.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return states
+
+
+def _stoppable(work: Callable[[], T], heartbeat: Heartbeat) -> T:
+    """The result of work that may be silent for many seconds; where the unit has to stop, nobody waits for it."""
+    future = _aside.submit(work)
+    while not wait([future], LOOK_S).done:
+        heartbeat.look()
+    heartbeat.look()  # what is no longer ours writes nothing
+    return future.result()
