@@ -235,6 +235,16 @@ def test_quantize_reaches_the_kernel_with_its_groups_and_energies(axis):
     assert norm == pytest.approx(cpu.squared_norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("zero", ZERO_MODES)
+def test_a_step_keeps_its_floor_where_one_tiny_weight_has_all_the_energy(zero):
+    W, H = gaussian(8, 64, scale=1.0), torch.zeros(1, 1, 64)
+    W[:, 0], H[..., 0] = 1e-15, 0.5
+    spec = QuantSpec(zero=zero, scale_dtype="bfloat16", **SHORT)
+    solved, cpu = solve(W, spec, H), quantize(W, spec, energy=H.flatten())
+    assert torch.equal(solved.scale.bfloat16(), cpu.scale.flatten())
+    assert solved.sums()[0] == pytest.approx(cpu.squared_error, rel=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_more_than_two_to_the_31_weights():
