@@ -95,7 +95,7 @@ def quantize_checkpoint(
 
 def _profile(checkpoint: Checkpoint, plan: Plan, progress: Callable[[int, int], None] | None) -> tuple[Energies, int]:
     """Input energies, and the bytes that having them counts for."""
-    if plan.recipe.axis == 0 or plan.recipe.energy == "none":
+    if not plan.recipe.weighted:
         return profile(checkpoint, "none"), 0
     report = _from(0, 2 * plan.nbytes_in, progress)
     if report:
@@ -116,7 +116,7 @@ def quantize_shard(
     plan: Plan,
     index: int,
     output: Path,
-    energies: Energies | Path | None = None,
+    energies: Energies | None = None,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -131,8 +131,8 @@ def quantize_shard(
         Which of `plan.shards`.
     output : Path
         Existing folder. Files appear there whole or not at all.
-    energies : Energies or Path, optional
-        What `plan.with_energies` had, or the file it was saved to.
+    energies : Energies, optional
+        What `plan.with_energies` had.
     threads : int, optional
         Solver threads; default: one per core.
     progress : callable, optional
@@ -174,11 +174,9 @@ def quantize_shard(
     return ShardResult(index, tuple(files), tuple(results))
 
 
-def _weighting(shard: ShardPlan, energies: Energies | Path | None) -> dict[str, torch.Tensor]:
+def _weighting(shard: ShardPlan, energies: Energies | None) -> dict[str, torch.Tensor]:
     """Energies of the shard's tensors, by name; all that the plan speaks of must be there."""
     planned = {tensor.name: tensor.energy for tensor in shard.tensors if tensor.energy not in (None, "none")}
-    if isinstance(energies, Path):
-        energies = Energies.load(energies, planned)
     for name, source in planned.items():
         found = energies.source(name) if energies else "none"
         if found != source:

@@ -92,6 +92,11 @@ class Recipe:
             starts=starts,
         )
 
+    @property
+    def weighted(self) -> bool:
+        """Whether input energies matter: a group along axis 0 lies within one column, which has one weight."""
+        return self.energy != "none" and self.axis != 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
         fields = dataclasses.asdict(self)

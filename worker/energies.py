@@ -9,7 +9,6 @@ from typing import TypeVar
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies, fingerprint, profile
 from hqq_core.plan import Plan
-from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import discard_temporaries
 from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat
@@ -19,11 +18,6 @@ LOOK_S = 0.2
 
 # One at a time: what a stopped unit left behind, an import or a large product, ends before the next begins.
 _aside = ThreadPoolExecutor(1, thread_name_prefix="energies")
-
-
-def needed(recipe: Recipe) -> bool:
-    """Whether input energies matter: a group along axis 0 lies within one column, which has one weight."""
-    return recipe.energy != "none" and recipe.axis != 0
 
 
 def obtain(

@@ -119,7 +119,7 @@ def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     workplace.store.create(claim.job_id)
     workplace.store.write_plan(claim.job_id, plan.to_dict())
     with workplace.database.write() as session:
-        return repository.plan_succeeded(session, claim, _shards(plan), profile=energies.needed(plan.recipe))
+        return repository.plan_succeeded(session, claim, _shards(plan), profile=plan.recipe.weighted)
 
 
 def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
@@ -145,7 +145,7 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
     """One input shard, solved and written."""
     plan = _final_plan(workplace, claim)
     shard = plan.shards[claim.index]
-    weighting = _read_energies(workplace, claim, shard) if energies.needed(plan.recipe) else None
+    weighting = _read_energies(workplace, claim, shard) if plan.recipe.weighted else None
     checkpoint = open_source(claim.source, workplace.roots)
     workplace.store.check_room(shard.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
     result = convert.quantize_shard(
@@ -196,7 +196,7 @@ def _shards(plan: Plan) -> list[ShardWork]:
 
 def _final_plan(workplace: Workplace, claim: Claim) -> Plan:
     """What shards and finish go by: the profile's plan, where the job has a profile."""
-    return _read_plan(workplace, claim, profiled=energies.needed(Recipe.from_dict(claim.recipe)))
+    return _read_plan(workplace, claim, profiled=Recipe.from_dict(claim.recipe).weighted)
 
 
 def _read_plan(workplace: Workplace, claim: Claim, *, profiled: bool) -> Plan:

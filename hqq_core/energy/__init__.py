@@ -20,11 +20,11 @@ from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy._analytic import analytic
 from hqq_core.energy._energies import Energies
 from hqq_core.energy._progress import Progress
-from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, second_moments, synthetic
+from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, synthetic
 from hqq_core.errors import EnergyError
 from hqq_core.recipe import EnergyMode
 
-__all__ = ["Energies", "analytic", "fingerprint", "profile", "second_moments", "synthetic"]
+__all__ = ["Energies", "analytic", "fingerprint", "profile", "synthetic"]
 
 VERSION = 1  # of how energies are computed: another number, another fingerprint
 

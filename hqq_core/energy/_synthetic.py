@@ -84,29 +84,6 @@ def synthetic(
     return Energies(vectors, dict.fromkeys(vectors, "synthetic"))
 
 
-def second_moments(
-    checkpoint: Checkpoint,
-    *,
-    n_tokens: int = N_TOKENS,
-    seed: int = SEED,
-    exponent: float = EXPONENT,
-    progress: Progress | None = None,
-) -> dict[str, torch.Tensor]:
-    """E[x x^T] of what each weight is multiplied with, from the same pass as `synthetic`.
-
-    All matrices are held at once: in_features^2 * 4 bytes for each linear layer.
-
-    Returns
-    -------
-    dict of str to Tensor [shape=(in_features, in_features) or (n_experts, in_features, in_features)], float32
-        By tensor name; weights that share an input share a matrix where the model holds them as one.
-    """
-    shapes = _shapes(checkpoint)
-    means = Means(lambda x: x.T @ x, torch.empty_like)
-    run(checkpoint, means.add, n_tokens=n_tokens, seed=seed, exponent=exponent, progress=progress)
-    return _fitting(means.by_name(shapes), shapes, checkpoint.config)
-
-
 def run(
     checkpoint: Checkpoint,
     gather: Gather,

@@ -195,6 +195,15 @@ class Installation:
             process.wait()
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Installation]:
+    """One `halfquad up` for the tests that leave it as it was."""
+    installation = Installation(tmp_path_factory.mktemp("service"), models, {}, embedded=True)
+    installation.start()
+    yield installation
+    installation.close()
+
+
 @pytest.fixture
 def embedded(tmp_path: Path, models: Path) -> Iterator[Installation]:
     """`halfquad up`: SQLite and Valkey; not started yet."""

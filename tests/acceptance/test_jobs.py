@@ -5,7 +5,7 @@ import resource
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,6 @@ import torch
 from service.client import ApiError
 from tests.acceptance.conftest import N_SHARDS, RECIPE, Installation, wait_until
 from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Installation]:
-    """One `halfquad up` for the tests that leave it as it was."""
-    installation = Installation(tmp_path_factory.mktemp("service"), models, {}, embedded=True)
-    installation.start()
-    yield installation
-    installation.close()
 
 
 def test_from_submit_to_files(installation: Installation, sharded: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,6 @@ from tests.acceptance.conftest import RECIPE, Installation, command_line, kill, 
 from tests.checkpoints import folder_bytes, save_llama
 
 MEASURED = {**RECIPE, "energy": "synthetic"}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Installation]:
-    """One `halfquad up` for the tests that leave it as it was."""
-    installation = Installation(tmp_path_factory.mktemp("service"), models, {}, embedded=True)
-    installation.start()
-    yield installation
-    installation.close()
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,9 @@ def test_a_shard_task_weights_as_the_whole_run_does(tmp_path):
     )
     (tmp_path / "parts").mkdir()
     for shard in plan.shards:
-        quantize_shard(checkpoint, plan, shard.index, tmp_path / "parts", tmp_path / "energies.safetensors")
+        quantize_shard(
+            checkpoint, plan, shard.index, tmp_path / "parts", Energies.load(tmp_path / "energies.safetensors")
+        )
     whole, parts = folder_bytes(tmp_path / "whole"), folder_bytes(tmp_path / "parts")
     assert all(parts[name] == whole[name] for name in parts)
     with pytest.raises(EnergyError, match="planned with synthetic input energy: got none"):

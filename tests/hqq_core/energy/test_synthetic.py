@@ -8,7 +8,7 @@ import torch
 
 from hqq_core import Checkpoint
 from hqq_core.checkpoint import ShardReader
-from hqq_core.energy import _synthetic, profile, second_moments, synthetic
+from hqq_core.energy import _synthetic, profile, synthetic
 from hqq_core.energy._disk_weights import DiskWeights
 from hqq_core.energy._threads import N_ROWS, row_products
 from hqq_core.errors import Cancelled, EnergyError
@@ -62,26 +62,6 @@ def test_streamed_energies_equal_those_of_the_whole_model(family, tmp_path):
     assert wanted.keys() <= names.keys()
     for module, x in wanted.items():
         torch.testing.assert_close(streamed[names[module]].double(), x.square().mean(0), rtol=2e-6, atol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "whisper"])
-def test_second_moments_are_of_the_same_inputs(family, tmp_path):
-    folder = families.save(family, tmp_path / family)
-    checkpoint = Checkpoint.open(folder)
-    found, energies = second_moments(checkpoint, n_tokens=N_TOKENS), synthetic(checkpoint, n_tokens=N_TOKENS).vectors
-    assert found.keys() == energies.keys()
-    model = whole_model(folder)
-    names = by_module(model, found)
-    for module, x in inputs_of_linears(model, inputs_of(model)).items():
-        matrix = found[names[module]].double()
-        torch.testing.assert_close(matrix, x.T @ x / len(x), rtol=1e-5, atol=1e-5 * float(matrix.diagonal().max()))
-        torch.testing.assert_close(matrix.diagonal().float(), energies[names[module]], rtol=1e-5, atol=0)
-
-
-def test_moments_of_fused_experts_are_a_matrix_each(tmp_path):
-    folder = families.save_fused(families.build("qwen3_moe"), tmp_path / "m")
-    found = second_moments(Checkpoint.open(folder), n_tokens=N_TOKENS)
-    assert found["model.layers.1.mlp.experts.down_proj"].shape == (4, 48, 48)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])

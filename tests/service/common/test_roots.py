@@ -10,7 +10,7 @@ from service.common.roots import SourceRoots
 @pytest.fixture
 def tree(tmp_path):
     """A root with a model and its links, and something outside."""
-    model = tmp_path / "root" / "model"
+    model = tmp_path / "allowed" / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     outside = tmp_path / "outside"
@@ -21,7 +21,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def roots(tree):
-    return SourceRoots([tree / "root"])
+    return SourceRoots([tree / "allowed"])
 
 
 def read(roots, path):
@@ -30,23 +30,23 @@ def read(roots, path):
 
 
 def test_folder_below_a_root_is_allowed(tree, roots):
-    assert roots.resolve(f"{tree}/root/model") == tree / "root" / "model"
-    assert roots.resolve(f"{tree}/root") == tree / "root"
-    assert roots.resolve(f"{tree}/root/not/there") == tree / "root" / "not" / "there"
-    assert read(roots, tree / "root" / "model" / "config.json") == b"{}"
+    assert roots.resolve(f"{tree}/allowed/model") == tree / "allowed" / "model"
+    assert roots.resolve(f"{tree}/allowed") == tree / "allowed"
+    assert roots.resolve(f"{tree}/allowed/not/there") == tree / "allowed" / "not" / "there"
+    assert read(roots, tree / "allowed" / "model" / "config.json") == b"{}"
 
 
 def test_links_within_the_root_are_followed(tree, roots):
-    (tree / "root" / "latest").symlink_to("model")
-    (tree / "root" / "model" / "copy.json").symlink_to("config.json")
-    assert roots.resolve(f"{tree}/root/latest") == tree / "root" / "model"
-    assert read(roots, tree / "root" / "latest" / "copy.json") == b"{}"
+    (tree / "allowed" / "latest").symlink_to("model")
+    (tree / "allowed" / "model" / "copy.json").symlink_to("config.json")
+    assert roots.resolve(f"{tree}/allowed/latest") == tree / "allowed" / "model"
+    assert read(roots, tree / "allowed" / "latest" / "copy.json") == b"{}"
 
 
 def test_root_may_itself_be_a_link(tree):
-    (tree / "alias").symlink_to("root")
+    (tree / "alias").symlink_to("allowed")
     roots = SourceRoots([tree / "alias"])
-    assert roots.resolve(f"{tree}/alias/model") == roots.resolve(f"{tree}/root/model") == tree / "root" / "model"
+    assert roots.resolve(f"{tree}/alias/model") == roots.resolve(f"{tree}/allowed/model") == tree / "allowed" / "model"
 
 
 @pytest.mark.parametrize(
@@ -54,23 +54,23 @@ def test_root_may_itself_be_a_link(tree):
     [
         "{tree}/outside",
         "{tree}/outside/not-there",
-        "{tree}/rootless",
-        "{tree}/root/../outside",
-        "{tree}/root/model/../model",
-        "root/model",
+        "{tree}/allowed-not",
+        "{tree}/allowed/../outside",
+        "{tree}/allowed/model/../model",
+        "allowed/model",
         "",
         "/",
-        "{tree}/root/\0",
+        "{tree}/allowed/\0",
         "{tree}/into/model",
-        "{tree}/root/out",
-        "{tree}/root/out/deeper",
-        "{tree}/root/absolute",
+        "{tree}/allowed/out",
+        "{tree}/allowed/out/deeper",
+        "{tree}/allowed/absolute",
     ],
 )
 def test_everything_else_is_refused(tree, roots, path):
-    (tree / "into").symlink_to("root")
-    (tree / "root" / "out").symlink_to("../outside")
-    (tree / "root" / "absolute").symlink_to(tree / "outside")
+    (tree / "into").symlink_to("allowed")
+    (tree / "allowed" / "out").symlink_to("../outside")
+    (tree / "allowed" / "absolute").symlink_to(tree / "outside")
     with pytest.raises(SourceNotAllowed):
         roots.resolve(path.format(tree=tree))
 
@@ -86,11 +86,11 @@ def test_refusal_does_not_tell_what_exists_outside(tree, roots):
 
 def test_without_roots_nothing_is_allowed(tree):
     with pytest.raises(SourceNotAllowed):
-        SourceRoots([]).resolve(f"{tree}/root/model")
+        SourceRoots([]).resolve(f"{tree}/allowed/model")
 
 
 def test_only_plain_files_below_a_root_are_opened(tree, roots):
-    model = tree / "root" / "model"
+    model = tree / "allowed" / "model"
     (model / "link.json").symlink_to("../../outside/secret.json")
     os.mkfifo(model / "pipe.json")
     (model / "folder.json").mkdir()
@@ -102,21 +102,21 @@ def test_only_plain_files_below_a_root_are_opened(tree, roots):
 
 def test_missing_file_is_missing(tree, roots):
     with pytest.raises(FileNotFoundError):
-        roots.open(tree / "root" / "model" / "gone.json")
+        roots.open(tree / "allowed" / "model" / "gone.json")
 
 
 def test_folder_that_becomes_a_link_is_noticed(tree, roots, monkeypatch):
     (tree / "outside" / "config.json").write_text("secret")
-    real = os.path.realpath(tree / "root" / "model" / "config.json")
-    (tree / "root" / "model").rename(tree / "root" / "old")
-    (tree / "root" / "model").symlink_to("../outside")
+    real = os.path.realpath(tree / "allowed" / "model" / "config.json")
+    (tree / "allowed" / "model").rename(tree / "allowed" / "old")
+    (tree / "allowed" / "model").symlink_to("../outside")
     monkeypatch.setattr(os.path, "realpath", lambda path: real)  # as it was a moment ago
     with pytest.raises(SourceNotAllowed):
-        roots.open(tree / "root" / "model" / "config.json")
+        roots.open(tree / "allowed" / "model" / "config.json")
 
 
 def test_hard_link_to_another_owners_file_is_refused(tree, roots, monkeypatch):
-    model = tree / "root" / "model"
+    model = tree / "allowed" / "model"
     os.link(model / "config.json", model / "again.json")
     assert read(roots, model / "again.json") == b"{}"
     fstat = os.fstat
@@ -134,7 +134,7 @@ def test_hard_link_to_another_owners_file_is_refused(tree, roots, monkeypatch):
 
 
 def test_refused_files_leave_no_descriptor(tree, roots):
-    model = tree / "root" / "model"
+    model = tree / "allowed" / "model"
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SourceNotAllowed):
         roots.open(model)
