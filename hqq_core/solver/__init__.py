@@ -43,6 +43,31 @@ class Tile(NamedTuple):
         return int(self.rows.stop - self.rows.start) * self.n_columns
 
 
+class _Factors(NamedTuple):
+    """Of columns and rows, all positive."""
+
+    columns: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, columns: torch.Tensor | None, rows: torch.Tensor | None, W: torch.Tensor, axis: int, name: str
+    ) -> _Factors:
+        """Ones where there are none; a TensorError where they do not fit W."""
+        if W.ndim != 2 or axis != 1:
+            raise TensorError(
+                name, f"factors for weights of shape {tuple(W.shape)}, axis {axis}: wanted a matrix, axis 1"
+            )
+        found = [
+            torch.ones(n) if factors is None else factors.float()
+            for n, factors in zip((W.shape[1], W.shape[0]), (columns, rows), strict=True)
+        ]
+        for n, factors in zip((W.shape[1], W.shape[0]), found, strict=True):
+            if factors.shape != (n,) or not (factors.isfinite() & (factors > 0)).all():
+                raise TensorError(name, f"factors of shape {tuple(factors.shape)}: wanted {n} positive ones")
+        return cls(*found)
+
+
 Solved = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, float, float
 ]  # codes, scale, zero, squared error, squared norm
@@ -53,6 +78,8 @@ def quantize(
     spec: QuantSpec,
     *,
     energy: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     name: str = "W",
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -68,6 +95,9 @@ def quantize(
     energy : Tensor [shape=(in_features,) or W.shape[:-2] + (in_features,)], float32, optional
         Mean square of what each input column is multiplied with, none negative: the weight of its squared errors. Default: all
         alike. With axis 0 a group lies in one input column, and so it makes no difference.
+    columns, rows : Tensor [shape=(in_features,) and (out_features,)], float32, optional
+        Positive factors: what is solved, along axis 1, is W times both, in float32, for a model that divides by them elsewhere.
+        `energy` is that of the columns as they are solved.
     name : str
         What errors call the tensor.
     threads : int, optional
@@ -98,13 +128,17 @@ def quantize(
         raise TensorError(name, f"dtype {W.dtype}: wanted one of {', '.join(map(str, SOLVABLE_DTYPES))}")
     group_size = resolve_group_size(tuple(W.shape), spec)
     weights = None if energy is None else _group_energy(energy, W, group_size, spec.axis, name)
+    factors = None if columns is None and rows is None else _Factors.of(columns, rows, W, spec.axis, name)
     on = torch.device(device)
     if on.type == "cpu":
-        codes, scale, zero, squared_error, squared_norm = _solve_on_cpu(W, spec, weights, group_size, threads, progress)
+        solved = _solve_on_cpu(W, spec, weights, factors, group_size, threads, progress)
     else:
-        codes, scale, zero, squared_error, squared_norm = _solve_on_gpu(W, spec, weights, group_size, on, progress)
+        solved = _solve_on_gpu(W, spec, weights, factors, group_size, on, progress)
+    codes, scale, zero, squared_error, squared_norm = solved
     if math.isnan(squared_norm):
         nan, infinite = int(W.isnan().sum()), int(W.isinf().sum())
+        if not nan + infinite:
+            raise TensorError(name, f"weights up to {W.abs().max():g} times their factors overflow float32")
         raise TensorError(name, f"{nan} NaN and {infinite} infinite among {W.numel()} weights: wanted finite ones only")
     stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
     quantized = QuantizedTensor(
@@ -129,17 +163,18 @@ def _solve_on_cpu(
     W: torch.Tensor,
     spec: QuantSpec,
     weights: NDArray[np.float32] | None,
+    factors: _Factors | None,
     group_size: int,
     threads: int | None,
     progress: Callable[[int], None] | None,
 ) -> Solved:
     """Tiles on a few threads."""
-    rows = _as_rows(W, group_size, spec.axis, weights)
+    weighted = weights is not None
+    rows = _as_rows(W, group_size, spec.axis, whole=weighted or factors is not None)
     n_rows, n_columns = rows.shape
     if weights is None:
-        weights, weighted = np.ones((1, n_columns // group_size, group_size), np.float32), False
-    else:
-        weighted = True
+        weights = np.ones((1, n_columns // group_size, group_size), np.float32)
+    columns_by, rows_by = factors or _Factors(torch.ones(n_columns), torch.ones(n_rows))
     rows_per_block = n_rows // len(weights)
     n_groups = W.numel() // group_size
     codes = torch.empty((n_groups, group_size) if spec.axis == 1 else (group_size, n_groups), dtype=torch.uint8)
@@ -150,7 +185,9 @@ def _solve_on_cpu(
         groups = slice(at.columns.start // group_size, at.columns.stop // group_size)
         own = weights[at.rows.start // rows_per_block, groups]
         outputs = out[at.rows, at.columns], scale[at.rows, groups], zero[at.rows, groups]
-        return _solve_tile(rows[at.rows, at.columns], own, weighted, spec, *outputs)
+        return _solve_tile(
+            rows[at.rows, at.columns], columns_by[at.columns], rows_by[at.rows], own, weighted, spec, *outputs
+        )
 
     errors = _run(solve, list(_tiles(n_rows, n_columns, group_size, rows_per_block)), threads, progress)
     squared_error, squared_norm = (math.fsum(sums) for sums in zip(*errors, strict=True))
@@ -161,6 +198,7 @@ def _solve_on_gpu(
     W: torch.Tensor,
     spec: QuantSpec,
     weights: NDArray[np.float32] | None,
+    factors: _Factors | None,
     group_size: int,
     device: torch.device,
     progress: Callable[[int], None] | None,
@@ -174,7 +212,7 @@ def _solve_on_gpu(
         )
     matrix = W.reshape(-1, group_size) if spec.axis == 1 else W.reshape(group_size, -1)
     energy = None if weights is None else torch.from_numpy(weights)
-    solved = _triton.solve_streamed(matrix, spec, device, energy, progress=progress)
+    solved = _triton.solve_streamed(matrix, spec, device, energy, factors, progress=progress)
     return solved.codes, solved.scale, solved.zero, *solved.sums()
 
 
@@ -189,11 +227,11 @@ def resolve_group_size(shape: tuple[int, ...], spec: QuantSpec) -> int:
     return group_size
 
 
-def _as_rows(W: torch.Tensor, group_size: int, axis: int, weights: NDArray[np.float32] | None) -> torch.Tensor:
-    """W as rows of whole groups: one group a row, or an output's row where the groups of a column share their energies."""
+def _as_rows(W: torch.Tensor, group_size: int, axis: int, *, whole: bool) -> torch.Tensor:
+    """W as rows of whole groups: one group each, or a `whole` output's where groups of a column share energies or factors."""
     if axis == 0:
         return W.reshape(group_size, -1).T  # strided
-    return W.reshape(-1, group_size if weights is None else W.shape[-1])
+    return W.reshape(-1, W.shape[-1] if whole else group_size)
 
 
 def _group_energy(
@@ -261,15 +299,16 @@ def _to_words(tile: torch.Tensor) -> NDArray[Any]:
 
 
 def _solve_tile(
-    tile: torch.Tensor, energy: NDArray[np.float32], weighted: bool, spec: QuantSpec, *outputs: NDArray[Any]
-) -> tuple[float, float]:
+    tile: torch.Tensor, columns_by: torch.Tensor, rows_by: torch.Tensor, energy: NDArray[np.float32],
+    weighted: bool, spec: QuantSpec, *outputs: NDArray[Any],
+) -> tuple[float, float]:  # fmt: skip
     """Fill codes, scale and zero; squared error and squared norm, NaN where weights are not finite."""
     from hqq_core.solver import _numba  # here, so that importing the library compiles nothing
 
     stored = STORED_TYPES[spec.scale_dtype]
     contiguous = [out if out.flags.c_contiguous else np.empty(out.shape, out.dtype) for out in outputs]
     errors: tuple[float, float] = _numba.solve_tile(
-        _to_words(tile), energy, weighted, *contiguous,
+        _to_words(tile), columns_by.numpy().reshape(energy.shape), rows_by.numpy(), energy, weighted, *contiguous,
         np.array(starts(spec)), trial_iters(spec), spec.iters,
         {"float": _numba.FLOAT, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
         float(spec.max_code), spec.middle,

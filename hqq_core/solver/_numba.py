@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
-from hqq_core.solver._precision import MAX_STEPS
+from hqq_core.solver._precision import MAX_STEPS, ROUNDED
 
 f32, f64, i64, u32, u64 = np.float32, np.float64, np.int64, np.uint32, np.uint64
 FLOAT, INT, NONE = 0, 1, 2  # zero modes
@@ -94,61 +94,99 @@ def _to_rows(S, T):
 
 
 @_jit
-def _load(W, row, column, T, S, D, mode, low, max_zero):
-    """Transpose the groups of LANES rows into T and scale each by a power of two to max|w| in [0.5, 1), or less below `low`.
-
-    S is as large as T, and scratch. Returns whether all weights are finite.
-    """
-    n = T.size // LANES
-    shift = u32(32 - 8 * W.itemsize)
-    smallest = math.frexp(low)[1]
-    worst = u32(0)
-    for lane in range(LANES):
-        scaled = S[lane * n : (lane + 1) * n]
-        if row + lane >= W.shape[0]:
-            scaled[:] = f32(0.0)
-            D[UNIT + lane] = D[PER_UNIT + lane] = 1.0
-            D[FLOOR + lane] = 0.0
-            continue
-        words = W[row + lane, column : column + n]  # a view: an index that may be negative is not vectorised
-        word = u32(0)  # the words of positive floats are in the order of the floats
-        for j in range(n):
-            word = max(word, u32(u32(u32(words[j]) << shift) & MAGNITUDE))
-        worst = max(worst, word)
-        largest = u32(word).view(f32)
-        exponent = max(i64(u32(word) >> u32(23)) - 126, smallest)  # so that its inverse and the squares are finite
-        D[UNIT + lane] = _power_of_two(exponent)
-        D[PER_UNIT + lane] = _power_of_two(-exponent)
-        D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / (max_zero if mode == FLOAT else MAX_STEPS)
-        shrunk = f32(D[PER_UNIT + lane])
-        for j in range(n):
-            scaled[j] = u32(u32(words[j]) << shift).view(f32) * shrunk
-    _to_lanes(S, T)
-    return worst < INFINITE
+def _copy(A, B):
+    """B = A: as a loop over views, which becomes wide code; an assignment of slices does not."""
+    for i in range(A.size):
+        B[i] = A[i]
 
 
 @_jit
-def _minmax(T, H, total, F, D, mode, max_code, middle, low, high, max_zero, stored):
-    """The first start: round to nearest between the smallest and the largest weight."""
-    n = H.size
+def _extremes(T, F):
+    """Smallest weights into SUM_Q, largest into SUM_QQ."""
     for lane in range(LANES):
         F[SUM_Q + lane] = F[SUM_QQ + lane] = T[lane]
-        F[SUM_T + lane] = f32(0.0)
+    n = T.size // LANES
     whole = n - n % 4
     for j in range(0, whole, 4):
-        h0, h1, h2, h3 = H[j], H[j + 1], H[j + 2], H[j + 3]
         for lane in range(LANES):
             at = j * LANES + lane
             w0, w1, w2, w3 = T[at], T[at + LANES], T[at + 2 * LANES], T[at + 3 * LANES]
             F[SUM_Q + lane] = min(F[SUM_Q + lane], min(min(w0, w1), min(w2, w3)))
             F[SUM_QQ + lane] = max(F[SUM_QQ + lane], max(max(w0, w1), max(w2, w3)))
+    for j in range(whole, n):
+        for lane in range(LANES):
+            F[SUM_Q + lane] = min(F[SUM_Q + lane], T[j * LANES + lane])
+            F[SUM_QQ + lane] = max(F[SUM_QQ + lane], T[j * LANES + lane])
+
+
+@_jit
+def _normalize(T, H, F):
+    """Each weight times INVERSE; weighted sums into SUM_T."""
+    for lane in range(LANES):
+        F[SUM_T + lane] = f32(0.0)
+    n = T.size // LANES
+    whole = n - n % 4
+    for j in range(0, whole, 4):
+        h0, h1, h2, h3 = H[j], H[j + 1], H[j + 2], H[j + 3]
+        for lane in range(LANES):
+            at, factor = j * LANES + lane, F[INVERSE + lane]
+            w0, w1 = T[at] * factor, T[at + LANES] * factor
+            w2, w3 = T[at + 2 * LANES] * factor, T[at + 3 * LANES] * factor
+            T[at], T[at + LANES], T[at + 2 * LANES], T[at + 3 * LANES] = w0, w1, w2, w3
             F[SUM_T + lane] += (h0 * w0 + h1 * w1) + (h2 * w2 + h3 * w3)
     for j in range(whole, n):
         for lane in range(LANES):
-            w = T[j * LANES + lane]
-            F[SUM_Q + lane] = min(F[SUM_Q + lane], w)
-            F[SUM_QQ + lane] = max(F[SUM_QQ + lane], w)
+            w = T[j * LANES + lane] * F[INVERSE + lane]
+            T[j * LANES + lane] = w
             F[SUM_T + lane] += H[j] * w
+
+
+@_jit
+def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
+    """The groups of LANES rows, times column and row factors, each scaled by a power of two to max|w| in [0.5, 1), or less below
+    `low`, in T; smallest weights in SUM_Q, largest in SUM_QQ, weighted sums in SUM_T.
+
+    S and L are scratch: words, as large as T. Returns whether all weights are finite.
+    """
+    n = H.size
+    shift = u32(32 - 8 * W.itemsize)
+    smallest = math.frexp(low)[1]
+    for lane in range(LANES):
+        if row + lane < W.shape[0]:
+            _copy(W[row + lane, column : column + n], S[lane * n : (lane + 1) * n])
+        else:
+            S[lane * n : (lane + 1) * n] = 0
+    _to_lanes(S, L)
+    worst = u32(0)
+    for i in range(T.size):
+        word = u32(u32(L[i]) << shift)
+        worst = max(worst, u32(word & MAGNITUDE))  # as integers NaN is the largest
+        T[i] = word.view(f32)
+    for j in range(n):
+        factor = C[j]
+        if factor != f32(1.0):
+            for lane in range(LANES):
+                T[j * LANES + lane] *= factor
+    _extremes(T, F)
+    for lane in range(LANES):
+        factor = R[row + lane] if row + lane < W.shape[0] else f32(1.0)
+        largest = max(-F[SUM_Q + lane], F[SUM_QQ + lane]) * factor
+        word = u32(f32(largest).view(u32) & MAGNITUDE)
+        worst = max(worst, word)  # a factor may have carried it too far
+        exponent = max(i64(word >> u32(23)) - 126, smallest)  # so that its inverse and the squares are finite
+        D[UNIT + lane] = _power_of_two(exponent)
+        D[PER_UNIT + lane] = _power_of_two(-exponent)
+        D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / (max_zero if mode == FLOAT else MAX_STEPS)
+        F[INVERSE + lane] = factor * f32(D[PER_UNIT + lane])
+        F[SUM_Q + lane] *= F[INVERSE + lane]
+        F[SUM_QQ + lane] *= F[INVERSE + lane]
+    _normalize(T, H, F)
+    return worst < INFINITE
+
+
+@_jit
+def _minmax(total, F, D, mode, max_code, middle, low, high, max_zero, stored):
+    """The first start: round to nearest between the smallest and the largest weight."""
     for lane in range(LANES):
         F[MEAN + lane] = F[SUM_T + lane] / f32(total)
     for lane in range(LANES):
@@ -278,15 +316,15 @@ def _moments_shrunk(T, H, F, max_code, p, beta, total):
 
 @_jit
 def _keep_best(F, stop):
-    """Keep what improved; where `stop`, a group that stops improving stops for good. Returns how many go on."""
+    """Keep what improved; where `stop`, a group that stops improving stops for good. Returns how many improved."""
     active = f32(0.0)
     for lane in range(LANES):
         improved = F[ACTIVE + lane] if F[OBJECTIVE + lane] < F[BEST + lane] else f32(0.0)
-        go_on = improved > f32(0.0)
-        F[BEST + lane] = F[OBJECTIVE + lane] if go_on else F[BEST + lane]
-        F[BEST_SCALE + lane] = F[SCALE + lane] if go_on else F[BEST_SCALE + lane]
-        F[BEST_ZERO + lane] = F[ZERO + lane] if go_on else F[BEST_ZERO + lane]
-        F[ACTIVE + lane] = improved if stop else f32(1.0)
+        better = improved > f32(0.0)
+        F[BEST + lane] = F[OBJECTIVE + lane] if better else F[BEST + lane]
+        F[BEST_SCALE + lane] = F[SCALE + lane] if better else F[BEST_SCALE + lane]
+        F[BEST_ZERO + lane] = F[ZERO + lane] if better else F[BEST_ZERO + lane]
+        F[ACTIVE + lane] = improved if stop else F[ACTIVE + lane]
         active += improved
     return active
 
@@ -299,6 +337,20 @@ def _sums(F, lane):
     return sum_q, sum_qq, f64(F[SUM_T + lane]), sum_qt
 
 
+@_inline
+def _move(F, lane, scale, zero, n, sum_q, sum_qq, sum_t):
+    """Take the fitted (scale, zero); the objective there for the codes as they are, which new codes can only lower.
+
+    With a = s - s', b = s' z' - s z the residual s r becomes s r + a q + b: sums of small numbers, whatever the zero is.
+    """
+    last, last_zero = f64(F[SCALE + lane]), f64(F[ZERO + lane])
+    a, b = last - scale, scale * zero - last * last_zero
+    sum_r = sum_t / last + last_zero * n - sum_q
+    cross = last * (a * f64(F[SUM_QR + lane]) + b * sum_r) + a * b * sum_q
+    F[OBJECTIVE + lane] = f32(f64(F[OBJECTIVE + lane]) * ROUNDED + a * a * sum_qq + b * b * n + 2.0 * cross)
+    F[SCALE + lane], F[ZERO + lane] = f32(scale), f32(zero)
+
+
 @_jit
 def _fit_float(F, D, n, low, high, max_zero, stored):
     """Least squares in (scale, zero)."""
@@ -309,8 +361,8 @@ def _fit_float(F, D, n, low, high, max_zero, stored):
         joint = cov / (var if var > 0.0 else 1.0)
         joint = joint if var > 0.0 else f64(F[SCALE + lane])
         joint = _round_scale(joint, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
-        F[SCALE + lane] = f32(joint)
-        F[ZERO + lane] = _round_zero((sum_q - sum_t / joint) / n, max_zero, stored)
+        zero = f64(_round_zero((sum_q - sum_t / joint) / n, max_zero, stored))
+        _move(F, lane, joint, zero, n, sum_q, sum_qq, sum_t)
 
 
 @_inline
@@ -341,8 +393,9 @@ def _fit_int(F, D, n, max_code, low, high, stored):
         scale_above, gain_above = _fit_scale(
             sum_q, sum_qq, sum_t, sum_qt, n, above, scale, floor, low, high, unit, per_unit, stored
         )
-        F[SCALE + lane] = f32(scale_above if gain_above > gain_below else scale_below)
-        F[ZERO + lane] = f32(above if gain_above > gain_below else below)
+        fitted = scale_above if gain_above > gain_below else scale_below
+        zero = above if gain_above > gain_below else below
+        _move(F, lane, fitted, zero, n, sum_q, sum_qq, sum_t)
 
 
 @_jit
@@ -354,7 +407,7 @@ def _fit_none(F, D, n, middle, low, high, stored):
             sum_q, sum_qq, sum_t, sum_qt, n, middle, f64(F[SCALE + lane]), D[FLOOR + lane], low, high,
             D[UNIT + lane], D[PER_UNIT + lane], stored,
         )  # fmt: skip
-        F[SCALE + lane] = f32(fitted)
+        _move(F, lane, fitted, middle, n, sum_q, sum_qq, sum_t)
 
 
 @_jit
@@ -363,7 +416,20 @@ def _encode(T, F, Q, max_code):
     for lane in range(LANES):
         F[INVERSE + lane] = f32(1.0) / F[BEST_SCALE + lane]
         F[OBJECTIVE + lane] = F[SUM_QQ + lane] = f32(0.0)
-    for j in range(T.size // LANES):
+    n = T.size // LANES
+    whole = n - n % 2
+    for j in range(0, whole, 2):
+        for lane in range(LANES):
+            at = j * LANES + lane
+            inverse, s, z = F[INVERSE + lane], F[BEST_SCALE + lane], F[BEST_ZERO + lane]
+            w0, w1 = T[at], T[at + LANES]
+            q0, _ = _residual(w0, inverse, z, max_code)
+            q1, _ = _residual(w1, inverse, z, max_code)
+            r0, r1 = w0 - s * (q0 - z), w1 - s * (q1 - z)
+            F[OBJECTIVE + lane] += r0 * r0 + r1 * r1
+            F[SUM_QQ + lane] += w0 * w0 + w1 * w1
+            Q[at], Q[at + LANES] = np.uint8(q0), np.uint8(q1)
+    for j in range(whole, n):
         for lane in range(LANES):
             w, z = T[j * LANES + lane], F[BEST_ZERO + lane]
             q, _ = _residual(w, F[INVERSE + lane], z, max_code)
@@ -377,15 +443,20 @@ def _encode(T, F, Q, max_code):
 def _alternate(
     T, H, F, D, total, iters, stop, weighted, mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa
 ):
-    """From (SCALE, ZERO), `iters` times codes, shrinkage, least squares; keeps the best seen."""
-    for i in range(iters + 1):
-        if p != 2.0:
+    """From (SCALE, ZERO), `iters` times codes, shrinkage, least squares; keeps the best seen.
+
+    Squared errors are known after a least-squares step without another pass; the lp objective behind a shrinkage step is not.
+    """
+    squares = p == 2.0
+    for i in range(max(iters, 1) if squares else iters + 1):
+        if not squares:
             _moments_shrunk(T, H, F, f32(max_code), f32(p), f32(beta), f32(total))
         elif weighted:
             _moments_weighted(T, H, F, f32(max_code))
         else:
             _moments(T, H, F, f32(max_code))
-        if (_keep_best(F, stop) == 0.0 and stop) or i == iters:
+        active = _keep_best(F, stop and not squares)
+        if (active == 0.0 and stop and not squares) or i == iters:
             break
         beta *= kappa
         if mode == FLOAT:
@@ -394,11 +465,13 @@ def _alternate(
             _fit_int(F, D, total, max_code, low, high, stored)
         else:
             _fit_none(F, D, total, middle, low, high, stored)
+        if squares and _keep_best(F, stop) == 0.0 and stop:
+            break
 
 
 @_jit
 def solve_tile(
-    W, energy, weighted, codes, scale, zero, starts, trial_iters, iters,
+    W, column_factors, row_factors, energy, weighted, codes, scale, zero, starts, trial_iters, iters,
     mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa,
 ):  # fmt: skip
     """Solve a tile: each row of W is cut into groups.
@@ -407,6 +480,8 @@ def solve_tile(
     ----------
     W : ndarray [shape=(rows, n * group_size)], uint16 or uint32
         Weights as words: the upper half of a float32 (bfloat16), or all of it.
+    column_factors, row_factors : ndarray [shape=(n, group_size)] and [shape=(rows,)], float32
+        What is solved is W times both, the row factors positive.
     energy : ndarray [shape=(n, group_size)], float32
         Weight of each column's squared error, with a maximum of [0.5, 1) in every group; ones where not `weighted`.
     codes : ndarray [shape=(rows, n * group_size)], uint8, out
@@ -421,9 +496,9 @@ def solve_tile(
         Not weighted; NaN where weights are not finite, and then there is no other result.
     """
     n = energy.shape[1]
-    T, S = np.empty(n * LANES, f32), np.empty(n * LANES, f32)
+    T, F, D = np.empty(n * LANES, f32), np.empty(N_FLOAT32, f32), np.empty(N_FLOAT64, f64)
+    S, L = np.empty(n * LANES, W.dtype), np.empty(n * LANES, W.dtype)
     Q, C = np.empty(n * LANES, np.uint8), np.empty(n * LANES, np.uint8)
-    F, D = np.empty(N_FLOAT32, f32), np.empty(N_FLOAT64, f64)
     squared_error = squared_norm = 0.0
     for group in range(energy.shape[0]):
         H = energy[group]
@@ -431,9 +506,11 @@ def solve_tile(
         for j in range(n):
             total += f64(H[j])
         for first in range(0, W.shape[0], LANES):
-            if not _load(W, first, group * n, T, S, D, mode, low, max_zero):
+            if not _load(
+                W, first, group * n, column_factors[group], row_factors, H, T, S, L, F, D, mode, low, max_zero
+            ):
                 return np.nan, np.nan
-            _minmax(T, H, total, F, D, mode, max_code, middle, low, high, max_zero, stored)
+            _minmax(total, F, D, mode, max_code, middle, low, high, max_zero, stored)
             if len(starts) > 1:
                 _forget(F)
                 for i in range(len(starts)):
@@ -457,7 +534,7 @@ def solve_tile(
                 zero[row, group] = F[BEST_ZERO + lane]
                 squared_error += f64(F[OBJECTIVE + lane]) * unit * unit
                 squared_norm += f64(F[SUM_QQ + lane]) * unit * unit
-                codes[row, group * n : (group + 1) * n] = C[lane * n : (lane + 1) * n]
+                _copy(C[lane * n : (lane + 1) * n], codes[row, group * n : (group + 1) * n])
     return squared_error, squared_norm
 
 

@@ -32,6 +32,9 @@ class StoredType:
 # As max_zero, where the zero is a whole number: no step is so small that weights lose their place or squares overflow.
 MAX_STEPS = 2.0**23
 
+# A squared error that is derived from float32 sums counts for this much more: a step must gain more than they lost in rounding.
+ROUNDED = 1 + 2.0**-20
+
 STORED_TYPES = {
     "float32": StoredType(24, 2.0**126, 2.0**-126, 2.0**23, 0.0),
     "bfloat16": StoredType(8, 2.0**126, 2.0**-126, 2.0**8, 0.0),

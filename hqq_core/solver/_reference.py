@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hqq_core.solver._precision import MAX_STEPS, STORED_TYPES
+from hqq_core.solver._precision import MAX_STEPS, ROUNDED, STORED_TYPES
 from hqq_core.solver._starts import starts, trial_iters
 from hqq_core.spec import QuantSpec
 
@@ -56,17 +56,35 @@ def alternate(
     best_scale, best_zero, best = scale, zero, np.full(len(W), np.inf)
     active = np.ones(len(W), dtype=bool)
     beta = spec.beta
-    for _ in range(iters + 1):
+    squares = spec.lp_norm == 2
+
+    def keep(objective: Array) -> NDArray[np.bool_]:
+        nonlocal best, best_scale, best_zero
+        improved: NDArray[np.bool_] = active & (objective < best)
+        best = np.where(improved, objective, best)
+        best_scale, best_zero = np.where(improved, scale, best_scale), np.where(improved, zero, best_zero)
+        return improved
+
+    for i in range(max(iters, 1) if squares else iters + 1):
         q = encode(W, scale, zero, spec)
-        R = W - scale[:, None] * (q - zero[:, None])
-        objective = np.where(active, (H * np.abs(R) ** spec.lp_norm).sum(axis=1), np.inf)
-        active = objective < best  # a group that stops improving stops for good
-        best = np.where(active, objective, best)
-        best_scale, best_zero = np.where(active, scale, best_scale), np.where(active, zero, best_zero)
+        R = residual(W, q, scale, zero)
+        improved = keep((H * np.abs(R) ** spec.lp_norm).sum(axis=1))
+        if not squares:
+            active = improved  # a group that stops improving stops for good
+        if i == iters:
+            break
         target = W - scale[:, None] * shrink(R / scale[:, None], spec.lp_norm, beta)
         scale, zero = least_squares(q, target, H, scale, W, exponent, spec)
         beta *= spec.kappa
+        if squares:  # known for the codes as they are, which new ones can only lower
+            slack = (ROUNDED - 1) * (H * R**2).sum(axis=1)
+            active = keep((H * residual(W, q, scale, zero) ** 2).sum(axis=1) + slack)
     return best_scale, best_zero, best
+
+
+def residual(W: Array, q: Array, scale: Array, zero: Array) -> Array:
+    """What is left of the weights."""
+    return W - scale[:, None] * (q - zero[:, None])
 
 
 def normalize(W: Array, spec: QuantSpec) -> tuple[Array, NDArray[np.int32]]:

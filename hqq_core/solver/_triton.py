@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hqq_core.solver._precision import MAX_STEPS, STORED_TYPES
+from hqq_core.solver._precision import MAX_STEPS, ROUNDED, STORED_TYPES
 from hqq_core.solver._starts import starts, trial_iters
 from hqq_core.spec import QuantSpec
 
@@ -151,7 +151,8 @@ def _solve_tiles(
     W, energy, starts, codes, scales, zeros, errors,
     n_groups, groups_per_row, groups_per_block, first_group, trial_iters, iters, p, beta, kappa,
     GROUP_SIZE: tl.constexpr, AXIS: tl.constexpr, WEIGHTED: tl.constexpr, ZERO: tl.constexpr, MAX_CODE: tl.constexpr,
-    MIDDLE: tl.constexpr, MAX_STEPS: tl.constexpr, SQUARES: tl.constexpr, PER_BYTE: tl.constexpr, STARTS: tl.constexpr,
+    MIDDLE: tl.constexpr, MAX_STEPS: tl.constexpr, ROUNDED: tl.constexpr,
+    SQUARES: tl.constexpr, PER_BYTE: tl.constexpr, STARTS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, MAX_ZERO: tl.constexpr, DROP: tl.constexpr, SUB: tl.constexpr, SMALLEST: tl.constexpr,
     CHUNKS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -245,31 +246,31 @@ def _solve_tiles(
             q = _codes(X, scale, zero, MAX_CODE)
             R = X - _spread(scale) * (q - _spread(zero))
             if SQUARES:
-                T, loss = X, R * R
-                sum_t = sum_w
+                loss = R * R
             else:
                 size = tl.maximum(tl.abs(R) * _spread(tl.div_rn(1.0, scale)), 1e-12)  # in steps
                 power = tl.exp((p - 1.0) * tl.log(size))
                 shrunk = tl.maximum(size - power / penalty, 0.0) * _spread(scale)
-                T = X - tl.where(R < 0.0, -shrunk, shrunk)
+                R -= tl.where(R < 0.0, -shrunk, shrunk)
                 loss = power * size * _spread(tl.exp(p * tl.log(scale)))
-                sum_t = _sum(T) if ALIKE else _sum(H * T)
             if ALIKE:
-                objective, sum_q, sum_qq, sum_qt = _sum(loss), _sum(q), _sum(q * q), _sum(q * T)
+                objective, sum_q, sum_qq, sum_qr = _sum(loss), _sum(q), _sum(q * q), _sum(q * R)
             else:
                 Hq = H * q
-                objective, sum_q, sum_qq, sum_qt = _sum(H * loss), _sum(Hq), _sum(Hq * q), _sum(Hq * T)
-            active = active & (objective < best)  # a group that stops improving stops for good
-            best = tl.where(active, objective, best)
-            best_scale, best_zero = tl.where(active, scale, best_scale), tl.where(active, zero, best_zero)
+                objective, sum_q, sum_qq, sum_qr = _sum(H * loss), _sum(Hq), _sum(Hq * q), _sum(Hq * R)
+            improved = active & (objective < best)
+            best = tl.where(improved, objective, best)
+            best_scale, best_zero = tl.where(improved, scale, best_scale), tl.where(improved, zero, best_zero)
+            if not SQUARES:
+                active = improved  # a group that stops improving stops for good
 
-            sum_q, sum_qq, sum_t, sum_qt = (
-                sum_q.to(tl.float64),
-                sum_qq.to(tl.float64),
-                sum_t.to(tl.float64),
-                sum_qt.to(tl.float64),
-            )
-            last = scale.to(tl.float64)
+            sum_q, sum_qq, sum_qr = sum_q.to(tl.float64), sum_qq.to(tl.float64), sum_qr.to(tl.float64)
+            last, last_zero = scale.to(tl.float64), zero.to(tl.float64)
+            sum_w_r = last * (sum_q - last_zero * n)
+            sum_t = sum_w.to(tl.float64)
+            if not SQUARES:
+                sum_t = (_sum(R) if ALIKE else _sum(H * R)).to(tl.float64) + sum_w_r
+            sum_qt = sum_qr + last * (sum_qq - last_zero * sum_q)
             if ZERO == "none":
                 middle = tl.full((GROUPS,), MIDDLE, tl.float64)
                 fitted, _ = _fit_scale(
@@ -294,9 +295,17 @@ def _solve_tiles(
                     )
                     scale = tl.where(gain_above > gain_below, scale_above, scale_below).to(tl.float32)
                     zero = tl.where(gain_above > gain_below, above, below).to(tl.float32)
+            if SQUARES:  # known for the codes as they are, which new ones can only lower; see `_numba._move`
+                a = last - scale.to(tl.float64)
+                b = scale.to(tl.float64) * zero.to(tl.float64) - last * last_zero
+                gain = a * a * sum_qq + b * b * n + 2.0 * (a * sum_qr + b * (sum_t - sum_w_r) + a * b * sum_q)
+                objective = (objective.to(tl.float64) * ROUNDED + gain).to(tl.float32)
+                active = active & (objective < best) & (limit > 0)
+                best = tl.where(active, objective, best)
+                best_scale, best_zero = tl.where(active, scale, best_scale), tl.where(active, zero, best_zero)
             penalty *= kappa
             step += 1
-            running = tl.where(step <= limit, tl.max(active.to(tl.int32), 0), 0)
+            running = tl.where(step < (limit if SQUARES else limit + 1), tl.max(active.to(tl.int32), 0), 0)
 
         better = best < kept
         kept = tl.where(better, best, kept)
@@ -428,7 +437,7 @@ def constants(spec: QuantSpec, group_size: int, *, weighted: bool, packed: bool)
     stored, tile = STORED_TYPES[spec.scale_dtype], tile_for(group_size)
     return {
         "GROUP_SIZE": group_size, "AXIS": spec.axis, "WEIGHTED": weighted, "ZERO": spec.zero, "MAX_CODE": float(spec.max_code),
-        "MIDDLE": float(spec.middle), "MAX_STEPS": MAX_STEPS, "SQUARES": spec.lp_norm == 2,
+        "MIDDLE": float(spec.middle), "MAX_STEPS": MAX_STEPS, "ROUNDED": ROUNDED, "SQUARES": spec.lp_norm == 2,
         "PER_BYTE": 8 // spec.code_bits if packed else 1,
         "STARTS": spec.starts,
         "LOW": stored.min_scale, "HIGH": stored.max_scale, "MAX_ZERO": stored.max_zero, "DROP": 24 - stored.mantissa_bits,
@@ -442,6 +451,7 @@ def solve_streamed(
     spec: QuantSpec,
     device: torch.device,
     energy: torch.Tensor | None = None,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     rows_per_block: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -457,6 +467,8 @@ def solve_streamed(
     matrix, energy : Tensor
         As `solve` takes them, on the CPU; `matrix` may be strided.
     spec : QuantSpec
+    factors : (Tensor [shape=(in_features,)], Tensor [shape=(out_features,)]), float32, optional
+        Of columns and rows; axis 1 alone. What is solved is the matrix times both.
     device : torch.device
         A CUDA device, or the CPU under Triton's interpreter.
     rows_per_block : int, optional
@@ -473,6 +485,8 @@ def solve_streamed(
         n_blocks, groups_per_row = energy.shape[:2]
         rows_per_block = rows_per_block or n_groups // n_blocks // groups_per_row
         energy = energy.to(device)
+    if factors is not None:
+        factors = factors[0].to(device).view(-1, group_size), factors[1].to(device)
     codes = torch.empty(matrix.shape, dtype=torch.uint8)
     scale, zero = torch.empty(n_groups), torch.empty(n_groups)
     errors = []
@@ -493,13 +507,19 @@ def solve_streamed(
             lane = lanes[turn % len(lanes)]
             receive(lane)
             slab = matrix.narrow(along, start, min(n_slab, n_groups - start))
-            lane.send(start, slab, spec, energy, rows_per_block)
+            lane.send(start, slab, spec, energy, factors, rows_per_block)
         for turn in range(len(starts), len(starts) + len(lanes)):
             receive(lanes[turn % len(lanes)])
     finally:
         for lane in lanes:
             lane.wait()  # its buffers must outlive the copies under way
     return Solved(codes, scale, zero, torch.cat(errors))
+
+
+def _times(groups: torch.Tensor, start: int, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Groups [shape=(n, group_size)], the first of them number `start` of its tensor, times their factors, in float32."""
+    number = torch.arange(start, start + len(groups), device=groups.device)
+    return groups.float() * columns[number % len(columns)] * rows[number // len(columns), None]
 
 
 class _Lane:
@@ -514,12 +534,15 @@ class _Lane:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # which copies the energies
 
     def send(
-        self, start: int, slab: torch.Tensor, spec: QuantSpec, energy: torch.Tensor | None, rows_per_block: int | None
-    ) -> None:
+        self, start: int, slab: torch.Tensor, spec: QuantSpec, energy: torch.Tensor | None,
+        factors: tuple[torch.Tensor, torch.Tensor] | None, rows_per_block: int | None,
+    ) -> None:  # fmt: skip
         """Queue copy, solve and copy back of the slab whose first group is `start`; what was sent before is received."""
         staged = self._staged[: slab.numel()].view(slab.shape).copy_(slab)
         with torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext():
             there = staged.to(self._device, non_blocking=True)
+            if factors is not None:
+                there = _times(there, start, *factors)
             solved = solve(there, spec, energy, first_group=start, rows_per_block=rows_per_block)
             here = (self._back(tensor) for tensor in (solved.codes, solved.scale, solved.zero, solved.errors))
             self._under_way.append((start, Solved(*here)))

@@ -135,6 +135,39 @@ def test_only_the_proportions_of_energies_count(zero):
     assert torch.equal(same.W_q, none.W_q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero", ZERO_MODES)
+def test_factors_are_those_of_a_weight_multiplied_before(zero, dtype):
+    W, columns, rows = gaussian(48, 256).to(dtype), energies(256, spread=0.5), energies(48, seed=1, spread=0.5)
+    spec, H = QuantSpec(zero=zero), energies(256, seed=2)
+    ours = quantize(W, spec, energy=H, columns=columns, rows=rows)
+    before = quantize(W.float() * columns * rows[:, None], spec, energy=H)
+    assert torch.equal(ours.W_q, before.W_q)
+    assert torch.equal(ours.scale, before.scale)
+    assert ours.squared_error == before.squared_error
+    one_sided = quantize(W, spec, rows=rows)
+    assert torch.equal(one_sided.W_q, quantize(W.float() * rows[:, None], spec).W_q)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"columns": torch.ones(65)}, r"W: factors of shape \(65,\): wanted 64 positive ones"),
+        ({"rows": torch.zeros(4)}, r"W: factors of shape \(4,\): wanted 4 positive ones"),
+        ({"columns": torch.full((64,), torch.nan)}, "wanted 64 positive ones"),
+        ({"columns": torch.full((64,), 3e38)}, "W: weights up to 4 times their factors overflow float32"),
+    ],
+)
+def test_factors_that_are_none_are_refused(factors, message):
+    with pytest.raises(TensorError, match=message):
+        quantize(torch.full((4, 64), 4.0), QuantSpec(), **factors)
+
+
+def test_factors_are_for_groups_along_the_inputs():
+    with pytest.raises(TensorError, match=r"factors for weights of shape \(64, 8\), axis 0: wanted a matrix, axis 1"):
+        quantize(torch.ones(64, 8), QuantSpec(axis=0), rows=torch.ones(64))
+
+
 def test_each_expert_has_its_own_energies():
     W, energy = gaussian(3 * 40, 128).view(3, 40, 128), energies(3 * 128).view(3, 128)
     fused = quantize(W, QuantSpec(), energy=energy)

@@ -226,13 +226,22 @@ def test_quantize_reaches_the_kernel_with_its_groups_and_energies(axis):
     W, H = gaussian(16, 3 * 128).reshape(3, 16, 128), energies(3, 2, 64)
     spec = QuantSpec(nbits=3, axis=axis, group_size=64 if axis == 1 else 3, **SHORT)
     weights = H.numpy() if axis == 1 else None
-    codes, scale, _, error, norm = _solve_on_gpu(W, spec, weights, spec.group_size, DEVICE, None)
+    codes, scale, _, error, norm = _solve_on_gpu(W, spec, weights, None, spec.group_size, DEVICE, None)
     cpu = quantize(W, spec, energy=H.reshape(3, 128))
     same = cpu.scale.flatten() == scale.to(cpu.scale.dtype)
     assert codes.shape == cpu.W_q.shape
     assert same.float().mean() > 0.95
     assert error == pytest.approx(cpu.squared_error, rel=0.02)
     assert norm == pytest.approx(cpu.squared_norm, rel=1e-5)
+
+
+def test_factors_reach_the_groups_they_belong_to():
+    W, (columns, rows) = gaussian(16, 128), (energies(128) + 0.5, energies(16) + 0.5)
+    spec = QuantSpec(nbits=3, **SHORT)
+    streamed = _triton.solve_streamed(W.view(-1, 64), spec, DEVICE, None, (columns, rows), slab_numel=5 * 64)
+    there = solve((W * columns * rows[:, None]).view(-1, 64), spec)
+    assert torch.equal(streamed.codes, there.codes.cpu())
+    assert torch.equal(streamed.scale, there.scale.cpu())
 
 
 @pytest.mark.parametrize("zero", ZERO_MODES)
