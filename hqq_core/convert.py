@@ -19,7 +19,7 @@ import torch
 from hqq_core.architectures import Role
 from hqq_core.checkpoint import CONFIG, INDEX, MANIFEST, REPORT, Checkpoint, ShardReader
 from hqq_core.energy import Energies, profile
-from hqq_core.errors import CheckpointError, EnergyError
+from hqq_core.errors import CheckpointError
 from hqq_core.formats import writer_of
 from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan, stored_tensors
 from hqq_core.recipe import Recipe
@@ -34,6 +34,7 @@ from hqq_core.safetensors_file import (
     write_file,
 )
 from hqq_core.solver import quantize
+from hqq_core.weighting import Weighting
 
 CLAIM = f"{TEMPORARY_PREFIX}claim"
 WITH_POINTERS_TO_CODE = (
@@ -147,7 +148,7 @@ def quantize_shard(
     CheckpointError, EnergyError, TensorError, StorageFullError
     """
     shard = plan.shards[index]
-    weighting = _weighting(shard, energies)
+    weighting = Weighting.of(shard, energies)
     done = _Counter(progress)
     files, results = [], []
     with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead:
@@ -162,7 +163,10 @@ def quantize_shard(
             )
             try:
                 for tensor in group:
-                    if tensor.spec is None:
+                    if tensor.spec is None and tensor.folded:
+                        writer.write(tensor.name, weighting.values[tensor.name])
+                        done.add(tensor.nbytes_in)
+                    elif tensor.spec is None:
                         writer.write_pieces(tensor.name, done.counting(reader.pieces(tensor.name)))
                     else:
                         results.append(_write_quantized(plan, tensor, next(weights), weighting, writer, threads, done))
@@ -172,16 +176,6 @@ def quantize_shard(
                 raise
             files.append(ArtifactFile(name, writer.nbytes, digest))
     return ShardResult(index, tuple(files), tuple(results))
-
-
-def _weighting(shard: ShardPlan, energies: Energies | None) -> dict[str, torch.Tensor]:
-    """Energies of the shard's tensors, by name; all that the plan speaks of must be there."""
-    planned = {tensor.name: tensor.energy for tensor in shard.tensors if tensor.energy not in (None, "none")}
-    for name, source in planned.items():
-        found = energies.source(name) if energies else "none"
-        if found != source:
-            raise EnergyError(f"{name}: planned with {source} input energy: got {found}")
-    return {name: energies.vectors[name] for name in planned} if energies else {}
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
@@ -194,16 +188,19 @@ def _write_quantized(
     plan: Plan,
     tensor: TensorPlan,
     W: torch.Tensor,
-    weighting: dict[str, torch.Tensor],
+    weighting: Weighting,
     writer: SafetensorsWriter,
     threads: int | None,
     done: _Counter,
 ) -> TensorResult:
     assert tensor.spec is not None
+    energy, columns, rows = weighting.of_tensor(tensor.name)
     quantized = quantize(
         W,
         tensor.spec,
-        energy=weighting.get(tensor.name),
+        energy=energy,
+        columns=columns,
+        rows=rows,
         name=tensor.name,
         threads=threads,
         progress=lambda numel: done.add(numel * W.itemsize),

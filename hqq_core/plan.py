@@ -9,7 +9,7 @@ from typing import Any
 
 from hqq_core.architectures import QUANTIZED, Role, role, ties_head
 from hqq_core.checkpoint import SINGLE, Checkpoint
-from hqq_core.energy import Energies
+from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
 from hqq_core.formats import writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
@@ -18,7 +18,7 @@ from hqq_core.safetensors_file import DTYPES, TensorEntry, header_nbytes, tensor
 from hqq_core.solver import SOLVABLE_DTYPES, resolve_group_size
 from hqq_core.spec import QuantSpec
 
-VERSION = 2
+VERSION = 3
 EMPTY_FILE_NBYTES = 64  # a header without tensors, and its padding
 
 
@@ -42,6 +42,8 @@ class TensorPlan:
         Where the weights of its columns come from; None: copied, nothing is weighted.
     preset : str or None
         The recipe's, of which `spec` has the solver's steps and starts; None: copied.
+    folded : tuple of {"columns", "rows", "values"}
+        What a fold does to it; see `energy.Fold`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TensorPlan:
     nbytes_out: int
     energy: str | None = None
     preset: str | None = None
+    folded: tuple[str, ...] = ()
 
     @property
     def solver(self) -> str | None:
@@ -129,12 +132,32 @@ class Plan:
         return sum(shard.nbytes_out for shard in self.shards)
 
     def with_energies(self, energies: Energies) -> Plan:
-        """The same plan, weighted by input energies wherever there are some."""
+        """The same plan, weighted by input energies and folded wherever there is what it takes.
+
+        A group along axis 0 lies within one column, whose weight and factor change nothing there.
+        """
+        if not self.recipe.weighted:
+            return self
+        folded = self._folded(energies.folds) if self.recipe.fold else {}
         shards = (
-            dataclasses.replace(shard, tensors=tuple(_weighted(tensor, energies) for tensor in shard.tensors))
+            dataclasses.replace(
+                shard,
+                tensors=tuple(_profiled(tensor, energies, folded.get(tensor.name, ())) for tensor in shard.tensors),
+            )
             for shard in self.shards
         )
         return dataclasses.replace(self, shards=tuple(shards), energy_note=energies.note)
+
+    def _folded(self, folds: Iterable[Fold]) -> dict[str, tuple[str, ...]]:
+        """By tensor, what the folds do to it that can be applied: all their weights are quantized, the rest is copied."""
+        quantized = {tensor.name: tensor.spec is not None for tensor in self.tensors}
+        found: dict[str, tuple[str, ...]] = {}
+        for fold in folds:
+            parts = [("columns", fold.columns), ("rows", fold.rows), ("values", fold.values)]
+            if all(quantized.get(name) is (part != "values") for part, names in parts for name in names):
+                for part, names in parts:
+                    found |= {name: (*found.get(name, ()), part) for name in names}
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -211,11 +234,9 @@ def _plan_tensor(
     )
 
 
-def _weighted(tensor: TensorPlan, energies: Energies) -> TensorPlan:
-    """A group along axis 0 lies within one column, whose weight changes nothing there."""
-    if tensor.spec is None or tensor.spec.axis == 0:
-        return tensor
-    return dataclasses.replace(tensor, energy=energies.source(tensor.name))
+def _profiled(tensor: TensorPlan, energies: Energies, folded: tuple[str, ...]) -> TensorPlan:
+    energy = energies.source(tensor.name) if tensor.spec else None
+    return dataclasses.replace(tensor, folded=folded, energy=energy)
 
 
 def _why_copied(
@@ -306,5 +327,10 @@ def _shard_from_dict(fields: dict[str, Any]) -> ShardPlan:
 def _tensor_from_dict(fields: dict[str, Any]) -> TensorPlan:
     spec = fields["spec"]
     return TensorPlan(
-        **fields | {"shape": tuple(fields["shape"]), "spec": None if spec is None else QuantSpec.from_dict(spec)}
+        **fields
+        | {
+            "shape": tuple(fields["shape"]),
+            "folded": tuple(fields["folded"]),
+            "spec": None if spec is None else QuantSpec.from_dict(spec),
+        }
     )

@@ -36,6 +36,9 @@ class Recipe:
     energy : {"auto", "synthetic", "analytic", "none"}
         Where the weights of the columns come from: random tokens, the weights alone, or nowhere (h = 1). "auto" takes the
         first of these that can be had, tensor by tensor; the plan and the report say which.
+    fold : bool
+        Even out the columns of weights, at the expense of norms and of rows before, wherever a profile finds that it cancels.
+        Adapters made for the source do not fit the result.
     include_modules : tuple of str
         Modules to quantize although they are copied by default (`lm_head`, ...): full names, or last parts of them.
     skip_modules : tuple of str
@@ -56,6 +59,7 @@ class Recipe:
     zero: ZeroMode | None = None
     preset: Preset = "balanced"
     energy: EnergyMode = "auto"
+    fold: bool = True
     include_modules: tuple[str, ...] = ()
     skip_modules: tuple[str, ...] = ()
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
@@ -65,6 +69,7 @@ class Recipe:
         require("zero", self.zero, self.zero is None or self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
         require("preset", self.preset, self.preset in tuple(PRESETS), f"one of {tuple(PRESETS)}")
         require("energy", self.energy, self.energy in ENERGY_MODES, f"one of {ENERGY_MODES}")
+        require("fold", self.fold, isinstance(self.fold, bool), "true or false")
         for field in ("include_modules", "skip_modules"):
             names = getattr(self, field)
             require(

@@ -20,6 +20,7 @@ def recipe(
     energy: Annotated[
         str | None, typer.Option(help="What weights the columns: auto, synthetic, analytic or none.")
     ] = None,
+    fold: Annotated[bool | None, typer.Option(help="Even out the columns of weights where that cancels.")] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Module to quantize although it is copied by default.")
     ] = None,
@@ -36,6 +37,7 @@ def recipe(
         "zero": zero,
         "preset": preset,
         "energy": energy,
+        "fold": fold,
         "include_modules": include or None,
         "skip_modules": skip or None,
         "max_shard_nbytes": max_shard_nbytes,

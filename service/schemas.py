@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     StrictFloat,
     StrictInt,
     StringConstraints,
@@ -66,6 +67,8 @@ class RecipeBody(RequestBody):
     """How long the solver searches."""
     energy: Literal["auto", "synthetic", "analytic", "none"] = "auto"
     """Where the weights of the columns come from; auto takes the first of the others that can be had."""
+    fold: StrictBool = True
+    """Even out columns where norms or rows before can take it back; adapters made for the source do not fit then."""
     include_modules: ModuleNames = []
     skip_modules: ModuleNames = []
     max_shard_nbytes: StrictInt = DEFAULT_MAX_SHARD_NBYTES

@@ -21,6 +21,7 @@ from hqq_core.plan import Plan, ShardPlan, build_plan
 from hqq_core.recipe import Recipe
 from hqq_core.results import ArtifactFile, ShardResult
 from hqq_core.safetensors_file import sha256_file
+from hqq_core.weighting import Weighting
 from service.common import outbox, repository
 from service.common.errors import LeaseLost, ResultDamaged, Unavailable, describe, is_final
 from service.common.events import log_data
@@ -210,13 +211,11 @@ def _read_plan(workplace: Workplace, claim: Claim, *, profiled: bool) -> Plan:
 
 def _read_energies(workplace: Workplace, claim: Claim, shard: ShardPlan) -> Energies:
     """What the profile left for the tensors of a shard; where it is not what was planned, that is nobody's fault but ours."""
-    planned = {tensor.name: tensor.energy for tensor in shard.tensors if tensor.energy}
     try:
-        found = Energies.load(workplace.store.energies(claim.job_id), planned)
+        found = Energies.load(workplace.store.energies(claim.job_id), [tensor.name for tensor in shard.tensors])
+        Weighting.of(shard, found)
     except (EnergyError, OSError) as error:
         raise ResultDamaged(ENERGIES_DAMAGED) from error
-    if any(found.source(name) != source for name, source in planned.items()):
-        raise ResultDamaged(ENERGIES_DAMAGED)
     return found
 
 

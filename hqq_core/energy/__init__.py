@@ -7,10 +7,13 @@ Three sources, named per tensor in plan and report:
   activations, however large the model.
 - `analytic`: from the weights alone, where `_families` knows what feeds what; the normalised hidden state is taken for white.
 - `none`: h = 1.
+
+Beside them stand the folds: factors of columns that cancel against norms and against the rows of products before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from contextlib import ExitStack
@@ -18,19 +21,20 @@ from contextlib import ExitStack
 from hqq_core.architectures import QUANTIZED, Role, role
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy._analytic import analytic
-from hqq_core.energy._energies import Energies
+from hqq_core.energy._energies import PARTS, Energies
+from hqq_core.energy._folds import Fold, fold
 from hqq_core.energy._progress import Progress
 from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, synthetic
 from hqq_core.errors import EnergyError
 from hqq_core.recipe import EnergyMode
 
-__all__ = ["Energies", "analytic", "fingerprint", "profile", "synthetic"]
+__all__ = ["PARTS", "Energies", "Fold", "analytic", "fingerprint", "fold", "profile", "synthetic"]
 
-VERSION = 1  # of how energies are computed: another number, another fingerprint
+VERSION = 2  # of how energies are computed: another number, another fingerprint
 
 
 def profile(checkpoint: Checkpoint, mode: EnergyMode = "auto", *, progress: Progress | None = None) -> Energies:
-    """Input energies of a checkpoint the way a recipe asks for them.
+    """Input energies of a checkpoint the way a recipe asks for them, and what may be folded.
 
     Parameters
     ----------
@@ -53,6 +57,11 @@ def profile(checkpoint: Checkpoint, mode: EnergyMode = "auto", *, progress: Prog
     if mode == "none":
         return Energies({}, {})
     progress = _bounded(checkpoint, progress) if progress else None
+    energies = _energies(checkpoint, mode, progress)
+    return dataclasses.replace(energies, folds=fold(checkpoint, progress=progress))
+
+
+def _energies(checkpoint: Checkpoint, mode: EnergyMode, progress: Progress | None) -> Energies:
     if mode == "analytic":
         return analytic(checkpoint, progress=progress)
     try:

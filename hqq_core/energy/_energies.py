@@ -1,4 +1,4 @@
-"""Energies: a vector per weight, where it comes from, and the file it is kept in."""
+"""Energies: a vector per weight, where it comes from, the folds found beside it, and the file they are kept in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from hqq_core.energy._folds import Fold
 from hqq_core.errors import EnergyError
 from hqq_core.safetensors_file import write_file
 
 SOURCES = frozenset({"synthetic", "analytic"})
+PARTS = ("columns", "rows", "values")  # of a Fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,14 @@ class Energies:
         "synthetic" or "analytic", for each of `vectors`.
     note : str
         Why a better source was not to be had; empty where it was.
+    folds : tuple of Fold
+        What may be folded; the vectors are those of the weights before.
     """
 
     vectors: dict[str, torch.Tensor]
     sources: dict[str, str]
     note: str = ""
+    folds: tuple[Fold, ...] = ()
 
     def source(self, name: str) -> str:
         """Where the energy of a tensor comes from."""
@@ -40,7 +46,8 @@ class Energies:
     def merge(self, other: Energies) -> Energies:
         """These, and from `other` what is missing here; the notes of both."""
         notes = dict.fromkeys(note for note in (self.note, other.note) if note)
-        return Energies(other.vectors | self.vectors, other.sources | self.sources, "; ".join(notes))
+        folds = self.folds or other.folds
+        return Energies(other.vectors | self.vectors, other.sources | self.sources, "; ".join(notes), folds)
 
     def save(self, path: Path, fingerprint: str = "") -> None:
         """Write one safetensors file; linears that share an input share a vector there."""
@@ -51,8 +58,15 @@ class Energies:
             name: (homes.setdefault((vector.shape, vector.numpy().tobytes()), name), self.sources[name])
             for name, vector in sorted(self.vectors.items())
         }
-        metadata = {"fingerprint": fingerprint, "note": self.note, "energies": json.dumps(entries)}
-        write_file(path, [save({name: self.vectors[name] for name in homes.values()}, metadata)])
+        folds = [{part: sorted(getattr(fold, part)) for part in PARTS} for fold in self.folds]
+        metadata = {
+            "fingerprint": fingerprint, "note": self.note, "energies": json.dumps(entries), "folds": json.dumps(folds),
+        }  # fmt: skip
+        tensors = {_key("energy", name): self.vectors[name] for name in homes.values()}
+        for fold in self.folds:
+            for part in PARTS:
+                tensors |= {_key(part, name): tensor.clone() for name, tensor in getattr(fold, part).items()}
+        write_file(path, [save(tensors, metadata)])
 
     @classmethod
     def load(cls, path: Path, names: Iterable[str] | None = None, fingerprint: str | None = None) -> Energies:
@@ -73,7 +87,8 @@ class Energies:
                 found = metadata["fingerprint"]
                 if fingerprint is not None and found != fingerprint:
                     raise EnergyError(f"{path.name}: energies of {found[:12]}: wanted {fingerprint[:12]}")
-                homes = {home: file.get_tensor(home) for home in {entries[name][0] for name in wanted}}
+                homes = {home: file.get_tensor(_key("energy", home)) for home in {entries[name][0] for name in wanted}}
+                folds = tuple(_fold(fold, file, names) for fold in json.loads(metadata["folds"]))
                 note = metadata["note"]
                 if not {entries[name][1] for name in wanted} <= SOURCES:
                     raise ValueError(f"sources other than {', '.join(sorted(SOURCES))}")
@@ -83,4 +98,20 @@ class Energies:
             {name: homes[home] for name, (home, _) in entries.items() if name in wanted},
             {name: source for name, (_, source) in entries.items() if name in wanted},
             note,
+            folds,
         )
+
+
+def _key(part: str, name: str) -> str:
+    """What a vector is called in the file."""
+    return f"{part} {name}"
+
+
+def _fold(listed: dict[str, list[str]], file: Any, names: Iterable[str] | None) -> Fold:
+    """A fold, or what it does to some tensors."""
+    wanted = None if names is None else set(names)
+    parts = (
+        {name: file.get_tensor(_key(part, name)) for name in listed[part] if wanted is None or name in wanted}
+        for part in PARTS
+    )
+    return Fold(*parts)

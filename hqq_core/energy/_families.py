@@ -31,11 +31,14 @@ class Norm:
         Added to the stored gain: Gemma stores g - 1.
     first : str
         As `module`, for the first layer.
+    adds : bool
+        Its output also joins the residual stream.
     """
 
     module: str
     offset: float = 0.0
     first: str = ""
+    adds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ _OPT = (
     *_attention(Norm("self_attn_layer_norm"), "self_attn", "q_proj k_proj v_proj", "out_proj"),
     *_plain(Norm("final_layer_norm"), "fc1", "fc2"),
 )
-_BERT_INPUT = Norm("<output.LayerNorm", first="/embeddings.LayerNorm")
+_BERT_INPUT = Norm("<output.LayerNorm", first="/embeddings.LayerNorm", adds=True)
 _ENCODED = Norm("/encoder.layer_norm")
 
 _FEEDS: dict[str, tuple[Feed, ...]] = {
@@ -200,7 +203,7 @@ _FEEDS: dict[str, tuple[Feed, ...]] = {
     "bert": (
         Feed(tuple(f"attention.self.{name}" for name in ("query", "key", "value")), _BERT_INPUT),
         Feed(("attention.output.dense",), _BERT_INPUT, value=Rows("attention.self.value")),
-        *_plain(Norm("attention.output.LayerNorm"), "intermediate.dense", "output.dense"),
+        *_plain(Norm("attention.output.LayerNorm", adds=True), "intermediate.dense", "output.dense"),
     ),
     "whisper": (
         *_OPT,

@@ -50,7 +50,7 @@ def test_sizes_are_known_before_the_work(tmp_path, name):
 
 def test_copied_tensors_are_the_same_bytes(tmp_path):
     source = save_llama(tmp_path / "m")
-    quantize_checkpoint(source, tmp_path / "out", Recipe())
+    quantize_checkpoint(source, tmp_path / "out", Recipe(fold=False))
     stored, original = stored_tensors(tmp_path / "out"), llama_tensors()
     copied = [name for name in original if name in stored]
     assert "model.embed_tokens.weight" in copied

@@ -12,6 +12,7 @@ from hqq_core.formats import FORMATS
 from hqq_core.safetensors_file import DTYPES, NAMES
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.oracles import compressed_tensors_weights, hqq_layers
+from tests.solved import dequantized
 
 HQQ = Recipe(format="hqq")
 
@@ -42,17 +43,15 @@ class WriterContract:
     @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
     def test_the_reader_sees_what_was_solved(self, tmp_path, dtype):
         torch_dtype = DTYPES[dtype]
-        tensors = llama_tensors(layers=1, dtype=torch_dtype)
-        source = save_checkpoint(tmp_path / "m", tensors, llama_config(1))
-        energies = profile(Checkpoint.open(source)).vectors
+        source = save_checkpoint(tmp_path / "m", llama_tensors(layers=1, dtype=torch_dtype), llama_config(1))
+        energies = profile(Checkpoint.open(source))
         for i, recipe in enumerate(self.recipes):
             quantize_checkpoint(source, tmp_path / str(i), recipe)
             read = self.read(tmp_path / str(i), torch_dtype)
-            planned = [tensor for tensor in build_plan(Checkpoint.open(source), recipe).tensors if tensor.spec]
-            assert {tensor.module for tensor in planned} == set(read)
-            for tensor in planned:
-                solved = quantize(tensors[tensor.name], tensor.spec, energy=energies[tensor.name]).dequantize()
-                assert torch.equal(read[tensor.module], solved), (tensor.name, recipe)
+            solved = dequantized(source, recipe, energies)
+            assert read.keys() == solved.keys()
+            for module, weight in solved.items():
+                assert torch.equal(read[module], weight), (module, recipe)
 
     def test_codes_scales_and_zeros_follow_the_spec(self, writer):
         for recipe in self.recipes:

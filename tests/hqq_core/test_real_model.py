@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hqq_core import Checkpoint, Recipe, build_plan, quantize, quantize_checkpoint
+from hqq_core import Checkpoint, Recipe, quantize_checkpoint
 from hqq_core.energy import Energies, profile
 from hqq_core.errors import CheckpointError
 from hqq_core.evaluate import compare, generate, load_model, tokenize
 from tests.models import cached, english
-from tests.oracles import compressed_tensors_weights, hqq_layers
+from tests.oracles import compressed_tensors_weights, hqq_layers, stored_tensors
+from tests.solved import dequantized
 
 PROMPT = "The capital of France is"
 
@@ -25,17 +26,6 @@ def energies(smollm2) -> Energies:
     return profile(Checkpoint.open(smollm2))
 
 
-def solved(source: Path, recipe: Recipe, energies: Energies):
-    """Our own dequantized weights, by module."""
-    checkpoint = Checkpoint.open(source)
-    for shard in build_plan(checkpoint, recipe).shards:
-        with checkpoint.shard(shard.file) as reader:
-            for tensor in shard.tensors:
-                if tensor.spec:
-                    W, energy = reader.read(tensor.name), energies.vectors[tensor.name]
-                    yield tensor.module, quantize(W, tensor.spec, energy=energy).dequantize()
-
-
 def test_compressed_tensors_in_transformers(smollm2, energies, tmp_path):
     recipe = Recipe(format="compressed-tensors", nbits=4, group_size=64)
     manifest = quantize_checkpoint(smollm2, tmp_path / "out", recipe)
@@ -44,7 +34,7 @@ def test_compressed_tensors_in_transformers(smollm2, energies, tmp_path):
     assert manifest.metrics["energy_sources"] == {"synthetic": 210}
     model = load_model(tmp_path / "out")
     state, library = model.state_dict(), compressed_tensors_weights(tmp_path / "out")
-    for module, weight in solved(smollm2, recipe, energies):
+    for module, weight in dequantized(smollm2, recipe, energies).items():
         assert torch.equal(weight, library[module]), module
         assert torch.equal(weight.float(), state[f"{module}.weight"]), module
     comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))
@@ -58,9 +48,10 @@ def test_hqq_in_the_hqq_library(smollm2, energies, tmp_path):
     quantize_checkpoint(smollm2, tmp_path / "out", recipe)
     layers = hqq_layers(tmp_path / "out", torch.bfloat16)
     assert len(layers) == 210
-    for module, weight in solved(smollm2, recipe, energies):
+    for module, weight in dequantized(smollm2, recipe, energies).items():
         assert torch.equal(weight, layers[module].dequantize()), module
     model = load_model(smollm2)
+    model.load_state_dict(stored_tensors(tmp_path / "out"), strict=False)  # norms, too, are not what they were
     for module, layer in hqq_layers(tmp_path / "out", torch.float32).items():
         model.set_submodule(module, layer)
     comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))

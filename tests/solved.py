@@ -1,0 +1,30 @@
+"""What a conversion solves, tensor by tensor, without writing it: what readers of the result are held against."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hqq_core import Checkpoint, QuantizedTensor, Recipe, build_plan, quantize
+from hqq_core.energy import Energies, profile
+from hqq_core.weighting import Weighting
+
+
+def solved(folder: Path, recipe: Recipe, energies: Energies | None = None) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Modules and their solved weights."""
+    checkpoint = Checkpoint.open(folder)
+    if energies is None or not recipe.weighted:
+        energies = profile(checkpoint, recipe.energy if recipe.weighted else "none")
+    for shard in build_plan(checkpoint, recipe).with_energies(energies).shards:
+        weighting = Weighting.of(shard, energies)
+        with checkpoint.shard(shard.file) as reader:
+            for tensor in shard.tensors:
+                if tensor.spec:
+                    energy, columns, rows = weighting.of_tensor(tensor.name)
+                    W = reader.read(tensor.name)
+                    yield tensor.module, quantize(W, tensor.spec, energy=energy, columns=columns, rows=rows)
+
+
+def dequantized(folder: Path, recipe: Recipe, energies: Energies | None = None) -> dict[str, torch.Tensor]:
+    """The same as weights in the source's own type."""
+    return {module: tensor.dequantize() for module, tensor in solved(folder, recipe, energies)}
