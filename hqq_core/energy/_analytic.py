@@ -1,7 +1,8 @@
-"""Energies from the weights alone: what a norm gives is taken for white noise times gain, plus bias."""
+"""Energies from the weights alone: what a norm gives is noise times gain, plus bias, as loud as the stream is known to be."""
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy._energies import Energies
 from hqq_core.energy._families import Feed, activation, feeds
 from hqq_core.energy._progress import Progress, stoppable
+from hqq_core.energy._stream import Stream
 from hqq_core.energy._threads import single_threaded
 from hqq_core.energy._weights import Place, Weights, places
 from hqq_core.errors import short
@@ -44,26 +46,41 @@ def analytic(checkpoint: Checkpoint, *, known: Collection[str] = (), progress: P
     with stoppable(), ExitStack() as files, single_threaded():
         readers = [files.enter_context(checkpoint.shard(name)) for name in checkpoint.files]
         weights = Weights(readers, checkpoint.config, progress)
-        for feed in rules:
-            for place, targets in places(feed, weights.names):
-                names = [name for name in targets if name not in known]
-                if not names:
-                    continue
-                try:
-                    vector = _fed(feed, place, weights)
-                except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                    # a config or shapes that this family does not have: the tensors do without
-                    note = note or f"no analytic energies for {names[0]}: {short(error)}"
-                    continue
-                fitting = [name for name in names if weights.fits(vector, name)] if vector.isfinite().all() else []
-                vectors |= {name: weights.shaped(vector, name) for name in fitting}
+        stream = Stream(weights)
+        for feed, place, targets in _in_order(rules, weights):
+            names = [name for name in targets if name not in known]
+            if not names and not stream.known:
+                continue
+            try:
+                vector = _fed(feed, place, weights, stream)
+            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                # a config or shapes that this family does not have: the tensors do without
+                note = note or f"no analytic energies for {targets[0]}: {short(error)}"
+                stream.lose()
+                continue
+            fitting = [name for name in names if weights.fits(vector, name)] if vector.isfinite().all() else []
+            vectors |= {name: weights.shaped(vector, name) for name in fitting}
+            if stream.known and (feed.value or feed.up):
+                stream.join(targets[0], vector)
     return Energies(vectors, dict.fromkeys(vectors, "analytic"), note)
 
 
-def _fed(feed: Feed, place: Place, weights: Weights) -> torch.Tensor:
+def _in_order(rules: tuple[Feed, ...], weights: Weights) -> list[tuple[Feed, Place, list[str]]]:
+    """What feeds what, from the first layer to the last and within a layer by rule; what lies outside the layers last."""
+
+    def number(place: Place) -> float:
+        last = place.layer.rstrip(".").rpartition(".")[2]
+        return int(last) if last.isdigit() else math.inf
+
+    found = [(feed, place, names) for feed in rules for place, names in places(feed, weights.names)]
+    return sorted(found, key=lambda item: number(item[1]))
+
+
+def _fed(feed: Feed, place: Place, weights: Weights, stream: Stream) -> torch.Tensor:
     """Mean square of each input of a feed's targets."""
     norm = place.find(feed.norm.module, weights.names, feed.norm.first)
     gain = weights.need(f"{norm}.weight") + feed.norm.offset
+    gain = gain * stream.normed(len(gain)).sqrt()
     bias = weights.read(f"{norm}.bias")
     bias = torch.zeros_like(gain) if bias is None else bias
     if feed.value:

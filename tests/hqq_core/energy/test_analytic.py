@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hqq_core import Checkpoint
-from hqq_core.energy import _synthetic, analytic, synthetic
+from hqq_core.energy import _stream, _synthetic, analytic, synthetic
 from tests import families
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint
 from tests.families import FAMILIES
@@ -48,7 +48,10 @@ def randomize(model) -> None:
 
 @pytest.fixture
 def white_norms(monkeypatch):
-    """Every norm is given white noise in place of its input; positions one by one, so that attention hands values on."""
+    """Every norm is given white noise in place of its input; positions one by one, so that attention hands values on. Nothing is
+    known of the stream then.
+    """
+    monkeypatch.setattr(_stream, "_FAMILIES", set())
     build = _synthetic._build
 
     def build_white(*args):
@@ -85,6 +88,41 @@ def test_analytic_energies_are_those_of_white_input(family, tmp_path, white_norm
         ratio = vector / guessed.vectors[name]
         each, mean = bounds(name)
         assert (ratio.log().abs().max() < each) & (abs(ratio.mean() - 1) < mean), (name, ratio.aminmax(), ratio.mean())
+
+
+@torch.no_grad()
+def loud_channels(model) -> None:
+    """A stream like a trained model's: an embedding, and outputs that join it, with a few channels far louder than the rest."""
+    generator = torch.Generator().manual_seed(1)
+    loudness = torch.exp(torch.randn(WIDTH, generator=generator))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        if "embed_tokens" in name:
+            parameter.mul_(loudness)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(0.5 * loudness[:, None])
+
+
+@pytest.mark.parametrize("family", sorted(_stream._FAMILIES))
+def test_loud_channels_of_the_stream_are_foreseen(family, tmp_path, monkeypatch):
+    """Behind norms, within sampling: positions one by one, so that attention hands values on."""
+    monkeypatch.setattr(_synthetic, "WINDOW", 1)
+    model = families.build(family, hidden_size=WIDTH, num_hidden_layers=3)
+    loud_channels(model)
+    model.save_pretrained(tmp_path / "m")
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    measured = synthetic(checkpoint, n_tokens=N_TOKENS).vectors
+    foreseen = analytic(checkpoint).vectors
+    monkeypatch.setattr(_stream, "_FAMILIES", set())
+    white = analytic(checkpoint).vectors
+    behind_norms = [name for name in measured if re.search("(q|k|v|qkv|gate|up|gate_up)_proj", name)]
+    assert len(behind_norms) >= 6
+
+    def off(guess, name):
+        return (measured[name] / guess[name]).log().std().item()
+
+    assert all(off(foreseen, name) < 0.35 * off(white, name) for name in behind_norms)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
