@@ -79,7 +79,7 @@ def quantize_checkpoint(
     existed = output.exists()
     _claim(output)
     try:
-        energies, profiled = _profile(checkpoint, plan, progress)
+        energies, profiled = _profile(checkpoint, plan, output, progress)
         plan = plan.with_energies(energies)
         results = []
         for shard in plan.shards:
@@ -94,14 +94,17 @@ def quantize_checkpoint(
         raise
 
 
-def _profile(checkpoint: Checkpoint, plan: Plan, progress: Callable[[int, int], None] | None) -> tuple[Energies, int]:
-    """Input energies, and the bytes that having them counts for."""
+def _profile(
+    checkpoint: Checkpoint, plan: Plan, output: Path, progress: Callable[[int, int], None] | None
+) -> tuple[Energies, int]:
+    """Input energies, and the bytes that having them counts for; correlations lie in `output` until the end."""
     if not plan.recipe.weighted:
         return profile(checkpoint, "none"), 0
     report = _from(0, 2 * plan.nbytes_in, progress)
     if report:
         report(0)  # transformers takes seconds to load
-    return profile(checkpoint, plan.recipe.energy, progress=report), plan.nbytes_in
+    correlations = output / f"{TEMPORARY_PREFIX}correlations" if plan.recipe.correlated else None
+    return profile(checkpoint, plan.recipe.energy, correlations=correlations, progress=report), plan.nbytes_in
 
 
 def _from(before: int, total: int, progress: Callable[[int, int], None] | None) -> Progress | None:

@@ -44,6 +44,8 @@ class TensorPlan:
         The recipe's, of which `spec` has the solver's steps and starts; None: copied.
     folded : tuple of {"columns", "rows", "values"}
         What a fold does to it; see `energy.Fold`.
+    correlated : bool
+        The solver goes on with correlations between its inputs.
     """
 
     name: str
@@ -58,6 +60,7 @@ class TensorPlan:
     energy: str | None = None
     preset: str | None = None
     folded: tuple[str, ...] = ()
+    correlated: bool = False
 
     @property
     def solver(self) -> str | None:
@@ -66,6 +69,8 @@ class TensorPlan:
             return None
         if self.spec.iters == 0 and self.spec.starts == 1:
             return "round to nearest"
+        if self.correlated:
+            return "least squares, coordinate descent"
         return "least squares" if self.spec.lp_norm == 2 else "half-quadratic"
 
     @property
@@ -139,13 +144,16 @@ class Plan:
         if not self.recipe.weighted:
             return self
         folded = self._folded(energies.folds) if self.recipe.fold else {}
-        shards = (
-            dataclasses.replace(
-                shard,
-                tensors=tuple(_profiled(tensor, energies, folded.get(tensor.name, ())) for tensor in shard.tensors),
-            )
-            for shard in self.shards
-        )
+        correlated = energies.correlations.places if energies.correlations and self.recipe.correlated else {}
+
+        def profiled(tensor: TensorPlan) -> TensorPlan:
+            own = folded.get(tensor.name, ())
+            if tensor.spec is None:
+                return dataclasses.replace(tensor, folded=own)
+            source = energies.source(tensor.name)
+            return dataclasses.replace(tensor, folded=own, energy=source, correlated=tensor.name in correlated)
+
+        shards = (dataclasses.replace(shard, tensors=tuple(map(profiled, shard.tensors))) for shard in self.shards)
         return dataclasses.replace(self, shards=tuple(shards), energy_note=energies.note)
 
     def _folded(self, folds: Iterable[Fold]) -> dict[str, tuple[str, ...]]:
@@ -232,11 +240,6 @@ def _plan_tensor(
     return TensorPlan(
         entry.name, entry.dtype, entry.shape, shard, "", own, kind.value, nbytes, stored, "none", recipe.preset
     )
-
-
-def _profiled(tensor: TensorPlan, energies: Energies, folded: tuple[str, ...]) -> TensorPlan:
-    energy = energies.source(tensor.name) if tensor.spec else None
-    return dataclasses.replace(tensor, folded=folded, energy=energy)
 
 
 def _why_copied(

@@ -102,6 +102,11 @@ class Recipe:
         """Whether input energies matter: a group along axis 0 lies within one column, which has one weight."""
         return self.energy != "none" and self.axis != 0
 
+    @property
+    def correlated(self) -> bool:
+        """Whether the solver is to use correlations between inputs, which synthetic energies come with."""
+        return self.preset == "best" and self.weighted and self.energy in ("auto", "synthetic")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
         fields = dataclasses.asdict(self)

@@ -54,7 +54,8 @@ def report_of(
             "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
             "reason": tensor.reason, "nbytes_in": tensor.nbytes_in, "nbytes_out": tensor.nbytes_out,
             "solver": tensor.solver, "preset": tensor.preset, "zero": tensor.spec.zero if tensor.spec else None,
-            "energy": tensor.energy, "folded": list(tensor.folded), "spec": tensor.spec.to_dict() if tensor.spec else None,
+            "energy": tensor.energy, "folded": list(tensor.folded), "correlated": tensor.correlated,
+            "spec": tensor.spec.to_dict() if tensor.spec else None,
             **{key: value for key, value in errors.get(tensor.name, {}).items() if key != "name"},
         }
         for tensor in plan.tensors

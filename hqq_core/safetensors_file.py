@@ -182,7 +182,9 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorEntry]]:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorEntry]]:
     """Lay out (name, dtype, shape) triples: widest types first so that all are aligned, then in the order given.
 
     Returns
@@ -193,7 +195,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[b
     """
     ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]].itemsize)
     assert len({name for name, _, _ in ordered}) == len(ordered), "a name stands twice"
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     begin = 0
     for name, dtype, shape in ordered:
         end = begin + tensor_nbytes(dtype, shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hqq_core.energy import PARTS, Energies
+from hqq_core.energy import PARTS, Correlations, Energies
 from hqq_core.errors import EnergyError
 from hqq_core.plan import ShardPlan
 
@@ -21,12 +21,15 @@ class Weighting:
         Input energies of the columns as they are solved: over the square of their factors, where they are folded.
     columns, rows, values : dict of str to Tensor
         As in `energy.Fold`.
+    correlations : Correlations or None
+        Of the tensors that are to use them, to be read one by one.
     """
 
     energy: dict[str, torch.Tensor]
     columns: dict[str, torch.Tensor]
     rows: dict[str, torch.Tensor]
     values: dict[str, torch.Tensor]
+    correlations: Correlations | None
 
     @classmethod
     def of(cls, shard: ShardPlan, energies: Energies | None) -> Weighting:
@@ -35,14 +38,24 @@ class Weighting:
         for tensor in shard.tensors:
             if tensor.spec and (found := energies.source(tensor.name)) != (tensor.energy or "none"):
                 raise EnergyError(f"{tensor.name}: planned with {tensor.energy} input energy: got {found}")
+            if tensor.correlated and not (energies.correlations and tensor.name in energies.correlations.places):
+                raise EnergyError(f"{tensor.name}: planned with correlations: there are none")
         columns, rows, values = (_folded(shard, energies, part) for part in PARTS)
         energy = {t.name: energies.vectors[t.name] for t in shard.tensors if t.energy not in (None, "none")}
         energy |= {name: energy[name] / columns[name].square() for name in energy.keys() & columns.keys()}
-        return cls(energy, columns, rows, values)
+        wanted = {tensor.name for tensor in shard.tensors if tensor.correlated}
+        correlations = energies.correlations.only(wanted) if energies.correlations else None
+        return cls(energy, columns, rows, values, correlations)
 
     def of_tensor(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Energy, column and row factors that `solver.quantize` takes for one tensor."""
         return self.energy.get(name), self.columns.get(name), self.rows.get(name)
+
+    def correlation(self, name: str) -> torch.Tensor | None:
+        """Correlations of a tensor's inputs, read from their file."""
+        if self.correlations is None or name not in self.correlations.places:
+            return None
+        return self.correlations.read(name)
 
 
 def _folded(shard: ShardPlan, energies: Energies, part: str) -> dict[str, torch.Tensor]:

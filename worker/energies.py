@@ -9,7 +9,7 @@ from typing import TypeVar
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies, fingerprint, profile
 from hqq_core.plan import Plan
-from hqq_core.safetensors_file import discard_temporaries
+from hqq_core.safetensors_file import discard_temporaries, temporary_path
 from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat
 
@@ -24,21 +24,29 @@ def obtain(
     checkpoint: Checkpoint, plan: Plan, path: Path, cache: EnergyCache, heartbeat: Heartbeat
 ) -> tuple[Energies, bool]:
     """The energies that a plan's recipe asks for, also saved at `path`, and whether an earlier job had left them."""
-    mode = plan.recipe.energy
+    mode, correlated = plan.recipe.energy, plan.recipe.correlated
+    kind = f"{mode}, correlated" if correlated else mode
     before = _state(checkpoint)
     source = _stoppable(lambda: fingerprint(checkpoint, progress=heartbeat.progress), heartbeat)
-    if (found := cache.fetch(source, mode, path)) is not None:
+    if (found := cache.fetch(source, kind, path)) is not None:
         return found, True
 
     def progress(nbytes: int) -> None:
         heartbeat.progress(plan.nbytes_in + nbytes)
 
-    energies = _stoppable(lambda: profile(checkpoint, mode, progress=progress), heartbeat)
     discard_temporaries(path)
-    energies.save(path, source)
+    beside = temporary_path(path) if correlated else None
+    energies = _stoppable(lambda: profile(checkpoint, mode, correlations=beside, progress=progress), heartbeat)
+    try:
+        energies.save(path, source)
+    finally:
+        if beside:
+            beside.unlink(missing_ok=True)
+    if correlated:
+        energies = Energies.load(path, fingerprint=source)
     # analytic ones for "auto" come of a bad moment, of which others should not suffer
     if (mode != "auto" or "synthetic" in energies.sources.values()) and _state(checkpoint) == before:
-        cache.keep(source, mode, path)
+        cache.keep(source, kind, path)
     return energies, False
 
 

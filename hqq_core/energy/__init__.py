@@ -17,10 +17,12 @@ import dataclasses
 import hashlib
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 from hqq_core.architectures import QUANTIZED, Role, role
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy._analytic import analytic
+from hqq_core.energy._correlations import Correlations
 from hqq_core.energy._energies import PARTS, Energies
 from hqq_core.energy._folds import Fold, fold
 from hqq_core.energy._progress import Progress
@@ -28,12 +30,18 @@ from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, synthetic
 from hqq_core.errors import EnergyError
 from hqq_core.recipe import EnergyMode
 
-__all__ = ["PARTS", "Energies", "Fold", "analytic", "fingerprint", "fold", "profile", "synthetic"]
+__all__ = ["PARTS", "Correlations", "Energies", "Fold", "analytic", "fingerprint", "fold", "profile", "synthetic"]
 
 VERSION = 2  # of how energies are computed: another number, another fingerprint
 
 
-def profile(checkpoint: Checkpoint, mode: EnergyMode = "auto", *, progress: Progress | None = None) -> Energies:
+def profile(
+    checkpoint: Checkpoint,
+    mode: EnergyMode = "auto",
+    *,
+    correlations: Path | None = None,
+    progress: Progress | None = None,
+) -> Energies:
     """Input energies of a checkpoint the way a recipe asks for them, and what may be folded.
 
     Parameters
@@ -41,6 +49,8 @@ def profile(checkpoint: Checkpoint, mode: EnergyMode = "auto", *, progress: Prog
     checkpoint : Checkpoint
     mode : {"auto", "synthetic", "analytic", "none"}
         "auto" falls back from synthetic to analytic, tensor by tensor; the others give what they name or nothing.
+    correlations : Path, optional
+        A file for correlations between inputs, which synthetic energies come with; the result reads them from there.
     progress : callable, optional
         Gets the source bytes read so far, at most all of them; what it raises stops the work.
 
@@ -57,15 +67,17 @@ def profile(checkpoint: Checkpoint, mode: EnergyMode = "auto", *, progress: Prog
     if mode == "none":
         return Energies({}, {})
     progress = _bounded(checkpoint, progress) if progress else None
-    energies = _energies(checkpoint, mode, progress)
+    energies = _energies(checkpoint, mode, correlations, progress)
     return dataclasses.replace(energies, folds=fold(checkpoint, progress=progress))
 
 
-def _energies(checkpoint: Checkpoint, mode: EnergyMode, progress: Progress | None) -> Energies:
+def _energies(
+    checkpoint: Checkpoint, mode: EnergyMode, correlations: Path | None, progress: Progress | None
+) -> Energies:
     if mode == "analytic":
         return analytic(checkpoint, progress=progress)
     try:
-        measured = synthetic(checkpoint, progress=progress)
+        measured = synthetic(checkpoint, correlations=correlations, progress=progress)
     except EnergyError as error:
         if mode == "synthetic":
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
+from hqq_core.energy._correlations import Correlations
 from hqq_core.energy._folds import Fold
 from hqq_core.errors import EnergyError
-from hqq_core.safetensors_file import write_file
+from hqq_core.safetensors_file import NAMES, build_header, read_header, write_file
 
 SOURCES = frozenset({"synthetic", "analytic"})
 PARTS = ("columns", "rows", "values")  # of a Fold
@@ -32,12 +34,15 @@ class Energies:
         Why a better source was not to be had; empty where it was.
     folds : tuple of Fold
         What may be folded; the vectors are those of the weights before.
+    correlations : Correlations or None
+        Where those between inputs are, if they were measured.
     """
 
     vectors: dict[str, torch.Tensor]
     sources: dict[str, str]
     note: str = ""
     folds: tuple[Fold, ...] = ()
+    correlations: Correlations | None = None
 
     def source(self, name: str) -> str:
         """Where the energy of a tensor comes from."""
@@ -46,27 +51,37 @@ class Energies:
     def merge(self, other: Energies) -> Energies:
         """These, and from `other` what is missing here; the notes of both."""
         notes = dict.fromkeys(note for note in (self.note, other.note) if note)
-        folds = self.folds or other.folds
-        return Energies(other.vectors | self.vectors, other.sources | self.sources, "; ".join(notes), folds)
+        vectors, sources = other.vectors | self.vectors, other.sources | self.sources
+        return Energies(vectors, sources, "; ".join(notes), self.folds or other.folds, self.correlations)
 
     def save(self, path: Path, fingerprint: str = "") -> None:
-        """Write one safetensors file; linears that share an input share a vector there."""
-        from safetensors.torch import save
-
+        """Write one safetensors file; what linears that share an input have in common stands there once."""
         homes: dict[tuple[torch.Size, bytes], str] = {}
         entries = {
             name: (homes.setdefault((vector.shape, vector.numpy().tobytes()), name), self.sources[name])
             for name, vector in sorted(self.vectors.items())
         }
-        folds = [{part: sorted(getattr(fold, part)) for part in PARTS} for fold in self.folds]
+        places = self.correlations.places if self.correlations else {}
+        first = {place: name for name, place in sorted(places.items(), reverse=True)}
         metadata = {
-            "fingerprint": fingerprint, "note": self.note, "energies": json.dumps(entries), "folds": json.dumps(folds),
+            "fingerprint": fingerprint, "note": self.note, "energies": json.dumps(entries),
+            "folds": json.dumps([{part: sorted(getattr(fold, part)) for part in PARTS} for fold in self.folds]),
+            "correlations": json.dumps({name: first[place] for name, place in sorted(places.items())}),
         }  # fmt: skip
         tensors = {_key("energy", name): self.vectors[name] for name in homes.values()}
-        for fold in self.folds:
-            for part in PARTS:
-                tensors |= {_key(part, name): tensor.clone() for name, tensor in getattr(fold, part).items()}
-        write_file(path, [save(tensors, metadata)])
+        for fold, part in itertools.product(self.folds, PARTS):
+            tensors |= {_key(part, name): tensor for name, tensor in getattr(fold, part).items()}
+        correlated = {_key("correlation", name): name for name in first.values()}
+        layout = [(key, NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
+        layout += [(key, "I8", 2 * (places[name][1],)) for key, name in correlated.items()]
+        header, written = build_header(layout, metadata)
+
+        def bytes_of(key: str) -> memoryview:  # correlations are read when their turn comes: all of them fill no memory
+            if self.correlations and key in correlated:
+                return _bytes(self.correlations.read(correlated[key]))
+            return _bytes(tensors[key])
+
+        write_file(path, itertools.chain([header], map(bytes_of, written)))
 
     @classmethod
     def load(cls, path: Path, names: Iterable[str] | None = None, fingerprint: str | None = None) -> Energies:
@@ -89,7 +104,10 @@ class Energies:
                     raise EnergyError(f"{path.name}: energies of {found[:12]}: wanted {fingerprint[:12]}")
                 homes = {home: file.get_tensor(_key("energy", home)) for home in {entries[name][0] for name in wanted}}
                 folds = tuple(_fold(fold, file, names) for fold in json.loads(metadata["folds"]))
+                listed: dict[str, str] = json.loads(metadata["correlations"])
+                shared = {name: home for name, home in listed.items() if names is None or name in set(names)}
                 note = metadata["note"]
+                correlations = _correlations(path, shared) if shared else None
                 if not {entries[name][1] for name in wanted} <= SOURCES:
                     raise ValueError(f"sources other than {', '.join(sorted(SOURCES))}")
         except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -99,7 +117,19 @@ class Energies:
             {name: source for name, (_, source) in entries.items() if name in wanted},
             note,
             folds,
+            correlations,
         )
+
+
+def _correlations(path: Path, shared: dict[str, str]) -> Correlations:
+    with path.open("rb") as file:
+        entries = read_header(file.fileno(), path.name)
+    homes = {home: entries[_key("correlation", home)] for home in shared.values()}
+    return Correlations(path, {name: (homes[home].begin, homes[home].shape[0]) for name, home in shared.items()})
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy().data)
 
 
 def _key(part: str, name: str) -> str:

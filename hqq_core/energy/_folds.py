@@ -91,8 +91,7 @@ def _behind_norms(weights: Weights) -> Iterator[Callable[[], Fold]]:
 
 
 def _behind_norm(norm: str, offset: float, names: list[str], weights: Weights) -> Fold:
-    gain, bias = weights.stored(f"{norm}.weight"), weights.stored(f"{norm}.bias")
-    assert gain is not None
+    gain, bias = weights.need_stored(f"{norm}.weight"), weights.stored(f"{norm}.bias")
     factors = _factors(names, weights)
     divided, factors = _divided(gain, factors, offset)
     values = {f"{norm}.weight": divided}
@@ -141,8 +140,7 @@ def _factors(names: list[str], weights: Weights) -> torch.Tensor:
     """Of the columns that these weights have in common, with a geometric mean of one."""
     total, n_rows = torch.zeros(weights.in_features(names[0]), dtype=torch.float64), 0
     for name in names:
-        W = weights.stored(name)
-        assert W is not None
+        W = weights.need_stored(name)
         total += sum(piece.float().square().sum(0, dtype=torch.float64) for piece in W.split(N_ROWS))
         n_rows += len(W)
     sigma = (total / n_rows).sqrt()

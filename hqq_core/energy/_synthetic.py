@@ -7,6 +7,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from hqq_core.architectures import Role, role
 from hqq_core.checkpoint import Checkpoint, ShardReader
+from hqq_core.energy._correlations import CorrelationFile, Correlations
 from hqq_core.energy._disk_weights import DiskWeights, Gather
 from hqq_core.energy._energies import Energies
 from hqq_core.energy._means import Means
 from hqq_core.energy._progress import Progress, counted, stoppable
+from hqq_core.energy._stored import Fed
 from hqq_core.energy._threads import row_products, single_threaded
 from hqq_core.errors import EnergyError, HalfquadError, short
 
@@ -44,6 +47,7 @@ def synthetic(
     n_tokens: int = N_TOKENS,
     seed: int = SEED,
     exponent: float = EXPONENT,
+    correlations: Path | None = None,
     progress: Progress | None = None,
 ) -> Energies:
     """Energies measured on random token ids.
@@ -56,6 +60,8 @@ def synthetic(
     seed : int
     exponent : float
         Tokens are drawn with p(id) ~ (id + 50) ** -exponent: tokenizers number tokens by how common they are.
+    correlations : Path, optional
+        A file for what the inputs of a weight have to do with each other; it must stay as long as the result is used.
     progress : callable, optional
         Gets the source bytes read so far; what it raises stops the work.
 
@@ -79,9 +85,31 @@ def synthetic(
         return piece
 
     means = Means(lambda x: x.square().sum(0, dtype=torch.float64), allocate)
-    run(checkpoint, means.add, n_tokens=n_tokens, seed=seed, exponent=exponent, progress=progress)
+    taken: dict[str, Any] = {"n_tokens": n_tokens, "seed": seed, "exponent": exponent, "progress": progress}
+    if correlations is None:
+        run(checkpoint, means.add, **taken)
+        found = None
+    else:
+        found = _correlated(checkpoint, means.add, correlations, taken)
     vectors = _fitting(means.by_name(shapes), shapes, checkpoint.config)
-    return Energies(vectors, dict.fromkeys(vectors, "synthetic"))
+    return Energies(vectors, dict.fromkeys(vectors, "synthetic"), correlations=found)
+
+
+def _correlated(checkpoint: Checkpoint, gather: Gather, path: Path, taken: dict[str, Any]) -> Correlations:
+    """Run, and write correlations beside what is gathered; on any error there is no file."""
+    with row_products(torch.get_num_threads()) as product:
+        file = CorrelationFile(path, product)
+
+        def both(fed: Fed, x: torch.Tensor) -> None:
+            gather(fed, x)
+            file.add(fed, x)
+
+        try:
+            run(checkpoint, both, **taken)
+            return file.close()
+        except BaseException:
+            file.discard()
+            raise
 
 
 def run(

@@ -78,10 +78,11 @@ class Weights:
 
     def need(self, name: str) -> torch.Tensor:
         """A tensor that must be there."""
-        tensor = self.read(name)
-        if tensor is None:
-            raise LookupError(f"{name} is not in the checkpoint")
-        return tensor
+        return _there(name, self.read(name))
+
+    def need_stored(self, name: str) -> torch.Tensor:
+        """A tensor that must be there, as it is stored."""
+        return _there(name, self.stored(name))
 
     def read(self, name: str) -> torch.Tensor | None:
         """A tensor as (..., out, in), or None where there is none of that name."""
@@ -125,3 +126,9 @@ class Weights:
                 yield tensor.float()
         else:
             yield self.need(name)
+
+
+def _there(name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise LookupError(f"{name} is not in the checkpoint")
+    return tensor

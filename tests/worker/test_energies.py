@@ -104,6 +104,28 @@ def test_second_job_on_a_source_measures_nothing(
     assert set(reported(workplace, other).values()) == {"synthetic"}
 
 
+def test_best_goes_on_with_correlations_which_others_do_without(
+    foreman: Foreman, workplace: Workplace, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = Recipe(preset="best", format="hqq")
+    jobs = [foreman.submit(source, recipe) for recipe in (best, Recipe())]
+    foreman.run_up_to(UnitKind.SHARD)
+    monkeypatch.delattr(energies, "profile")
+    jobs.append(foreman.submit(source, best))
+    foreman.run_all()
+    assert [foreman.get(job).status for job in jobs] == [JobStatus.SUCCEEDED] * 3
+    assert [found(foreman, job)["cached"] for job in jobs] == [False, False, True]
+    outputs = [folder_bytes(workplace.store.output(job.id)) for job in jobs]
+    assert outputs[2] == outputs[0]
+    reports = [json.loads(output[REPORT]) for output in outputs]
+    correlated = [sum(tensor["correlated"] for tensor in report["tensors"]) for report in reports]
+    assert correlated == [N_LINEARS, 0, N_LINEARS]
+    solvers = {tensor["solver"] for tensor in reports[0]["tensors"] if tensor["spec"]}
+    assert solvers == {"least squares, coordinate descent"}
+    left = {path.name for job in jobs for path in workplace.store.folder(job.id).iterdir()}
+    assert left == {"output", "plan.json", "plan.profiled.json"}, "no file of correlations stays"
+
+
 def test_copy_of_a_source_is_the_same_source_and_another_model_is_not(
     foreman: Foreman, models: Path, source: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_auto_fills_in_what_the_forward_pass_does_not_reach(tmp_path, monkeypatc
     checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
     whole, missing = synthetic(checkpoint), "model.layers.1.mlp.down_proj.weight"
     part = Energies(*({n: v for n, v in own.items() if n != missing} for own in (whole.vectors, whole.sources)))
-    monkeypatch.setattr("hqq_core.energy.synthetic", lambda checkpoint, progress: part)
+    monkeypatch.setattr("hqq_core.energy.synthetic", lambda checkpoint, **options: part)
     found = profile(checkpoint)
     assert {name for name, source in found.sources.items() if source == "analytic"} == {missing}
     assert torch.equal(found.vectors[missing], analytic(checkpoint).vectors[missing])
@@ -212,3 +212,19 @@ def test_tensors_without_the_shape_of_a_weight_do_without(tmp_path):
     energies = profile(Checkpoint.open(folder))
     assert not odd.keys() & energies.vectors.keys()
     assert energies.note
+
+
+def test_a_file_holds_correlations_once_for_all_that_share_an_input(tmp_path):
+    checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
+    found = profile(checkpoint, correlations=tmp_path / "correlations")
+    found.save(tmp_path / "e")
+    loaded = Energies.load(tmp_path / "e")
+    assert loaded.correlations.places.keys() == found.correlations.places.keys()
+    for name in found.correlations.places:
+        assert torch.equal(loaded.correlations.read(name), found.correlations.read(name))
+    one = Energies.load(tmp_path / "e", ["model.layers.0.mlp.up_proj.weight"])
+    assert one.correlations.places.keys() == {"model.layers.0.mlp.up_proj.weight"}
+    with safe_open(tmp_path / "e", "pt") as file:
+        stored = [key for key in set(file.keys()) if key.startswith("correlation ")]
+    assert len(stored) == len(set(found.correlations.places.values()))
+    assert profile(checkpoint).correlations is None

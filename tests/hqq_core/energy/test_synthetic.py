@@ -311,3 +311,39 @@ def test_a_model_that_takes_neither_tokens_nor_spectrograms_does_without(family,
     assert found.vectors == {}
     assert f"no synthetic energies: input '{needs}'" in found.note
     assert f"model_type '{family}' is not known" in found.note
+
+
+def test_correlations_are_those_of_the_whole_model(tmp_path):
+    folder = families.save("llama", tmp_path / "m", num_hidden_layers=1)
+    checkpoint = Checkpoint.open(folder)
+    found = synthetic(checkpoint, correlations=tmp_path / "correlations").correlations
+    inputs = {}
+
+    def see(fed, x):
+        for name in fed[0]:
+            inputs[name] = x.double()
+
+    _synthetic.run(checkpoint, see)
+    assert found.places.keys() == inputs.keys()
+    assert found.places.keys() >= {f"model.layers.0.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")}
+    assert len(set(found.places.values())) == 5, (
+        "query, key and value share an input, and so do gate and up; and the head has one"
+    )
+    for name, x in inputs.items():
+        moments = x.T @ x
+        size = moments.diagonal().sqrt()
+        wanted = 127 * moments / size / size[:, None]
+        assert (found.read(name) - wanted).abs().max() < 0.51
+        assert torch.equal(found.read(name), found.read(name).T)
+
+
+def test_what_fails_leaves_no_file_of_correlations(tmp_path):
+    folder = families.save("llama", tmp_path / "m")
+
+    def stop(nbytes):
+        if (tmp_path / "correlations").exists() and (tmp_path / "correlations").stat().st_size:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        synthetic(Checkpoint.open(folder), correlations=tmp_path / "correlations", progress=stop)
+    assert not (tmp_path / "correlations").exists()
