@@ -5,14 +5,19 @@ The study puts a weight into the model before it asks for the next one: a method
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from hqq_core import QuantSpec, Recipe, energy, quantize
+from hqq_core.energy import Correlations, Fold
 from tests.benchmarks import calibrated, inputs, peers
 from tests.benchmarks.inputs import Moments
 from tests.benchmarks.subjects import Subject
@@ -71,6 +76,25 @@ class Bench:
     sinq: Path | None = None
     _energies: dict[Iterable[tuple[str, str]], Moments] = field(default_factory=dict)
 
+    @cached_property
+    def folds(self) -> Fold:
+        """All that a job on this source would apply."""
+        merged = Fold()
+        for fold in energy.fold(self.subject.checkpoint):
+            if fold.columns.keys() | fold.rows.keys() <= self.subject.source.keys():
+                for part in energy.PARTS:
+                    getattr(merged, part).update(getattr(fold, part))
+        return merged
+
+    @cached_property
+    def correlations(self) -> Correlations:
+        """Those of random tokens, in a file that goes with the process."""
+        path = Path(tempfile.mkdtemp(prefix="halfquad-")) / "correlations"
+        atexit.register(shutil.rmtree, path.parent)
+        found = energy.synthetic(self.subject.checkpoint, correlations=path).correlations
+        assert found
+        return found
+
     def energies(self, options: Options, default: str = "none") -> Moments:
         """Vectors by tensor name, as `energy`, `tokens`, `seed`, `offset`, `exponent` and `weigh` ask for them."""
         options = {"energy": default} | options
@@ -108,25 +132,45 @@ def rtn(bench: Bench, names: list[str], setting: Setting) -> Solved:
 
 
 def ours(bench: Bench, names: list[str], setting: Setting) -> Solved:
-    """Our solver, on energies raised to `power`; `refresh` more rounds on those that the quantized model shows; `mean=1`: biases,
-    where there are some, take up the mean error of the output."""
+    """Our solver as a job has it (`fold=0`: without folds), on energies raised to `power`; `refresh` more rounds on those that
+    the quantized model shows; `mean=1`: biases, where there are some, take up the mean error of the output.
+    """
     subject, options = bench.subject, setting.options
-    vectors, power = bench.energies(options), float(options.get("power", 1))
-    means = inputs.means(subject, bench.ids(options["energy"], options)) if options.get("mean") == "1" else {}
+    kind, power = options.get("energy", "none"), float(options.get("power", 1))
+    vectors = bench.energies(options)
+    folds = bench.folds if kind != "none" and options.get("fold") != "0" else Fold()
+    recipe = Recipe(preset=options.get("preset", "balanced"), energy=kind)
+    correlations = bench.correlations if recipe.correlated else None
+    means = inputs.means(subject, bench.ids(kind, options)) if options.get("mean") == "1" else {}
     for round_ in range(int(options.get("refresh", 0)) + 1):
         if round_:
-            vectors = bench.measure(options["energy"], {"weigh": "alike"} | options)
-        for name, W_r in solved(subject, names, setting.spec(), {name: h**power for name, h in vectors.items()}):
+            vectors = bench.measure(kind, {"weigh": "alike"} | options)
+        powers = {name: h**power for name, h in vectors.items()}
+        for name, W_r in solved(subject, names, setting.spec(), powers, folds, correlations):
             bias = subject.bias(name) if name in means else None
             if bias is not None:
                 bias += (subject.source[name].float() - W_r) @ means[name]
             yield name, W_r
 
 
-def solved(subject: Subject, names: list[str], spec: QuantSpec, vectors: Moments) -> Solved:
-    """Our solver on each weight alone."""
+def solved(
+    subject: Subject,
+    names: list[str],
+    spec: QuantSpec,
+    vectors: Moments,
+    folds: Fold | None = None,
+    correlations: Correlations | None = None,
+) -> Solved:
+    """Our solver on each weight alone; what folds multiply is divided out again, as norms and rows before do in a result."""
+    folds = folds or Fold()
     for name in names:
-        yield name, quantize(subject.source[name], spec, energy=vectors.get(name)).dequantize(torch.float32)
+        W, h = subject.source[name], vectors.get(name)
+        columns, rows = folds.columns.get(name, torch.ones(W.shape[1])), folds.rows.get(name, torch.ones(len(W)))
+        quantized = quantize(
+            W, spec, energy=None if h is None else h / columns.square(), columns=columns, rows=rows,
+            correlation=correlations.read(name) if correlations and name in correlations.places else None,
+        )  # fmt: skip
+        yield name, quantized.dequantize(torch.float32) / columns / rows[:, None]
 
 
 def hqq(bench: Bench, names: list[str], setting: Setting) -> Solved:
