@@ -107,10 +107,11 @@ def quantize(
         nan, infinite = int(W.isnan().sum()), int(W.isinf().sum())
         raise TensorError(name, f"{nan} NaN and {infinite} infinite among {W.numel()} weights: wanted finite ones only")
     stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
+    zero = zero if spec.zero == "offset" else zero.to(stored)
     quantized = QuantizedTensor(
         W_q=codes,
         scale=scale.to(stored).view(column),
-        zero=zero.to(stored).view(column),
+        zero=zero.view(column),
         shape=tuple(W.shape),
         dtype=W.dtype,
         spec=spec,
@@ -271,7 +272,7 @@ def _solve_tile(
     errors: tuple[float, float] = _numba.solve_tile(
         _to_words(tile), energy, weighted, *contiguous,
         np.array(starts(spec)), trial_iters(spec), spec.iters,
-        {"float": _numba.FLOAT, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
+        {"float": _numba.FLOAT, "offset": _numba.OFFSET, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
         float(spec.max_code), spec.middle,
         _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,
