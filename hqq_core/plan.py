@@ -168,7 +168,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     spec = writer.check(recipe)
     headers = checkpoint.headers()
     entries = [entry for file in headers.values() for entry in file.values()]
-    writer.check_model({role(entry.name, entry.shape, checkpoint.config) for entry in entries})
+    roles = {role(entry.name, entry.shape, checkpoint.config) for entry in entries}
+    writer.check_model(roles, checkpoint.config)
     _check_names(recipe, entries, checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.checkpoints import save_checkpoint
+from tests.oracles import stored_tensors
 
 _SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -49,7 +51,7 @@ def build(family: str, seed: int = 0, **changes: Any) -> Any:
     """A seeded random model of a family, in float32: with head, but for encoders and speech."""
     import transformers
 
-    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | FAMILIES[family]
+    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | FAMILIES.get(family, {})
     if family == "gpt2":
         own = own | {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(family, **own | changes)
@@ -70,6 +72,15 @@ def save(family: str, folder: Path, **changes: Any) -> Path:
     """A random model's folder, in several shards."""
     build(family, **changes).save_pretrained(folder, max_shard_size="150KB")
     return folder
+
+
+def replaced(source: Path, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
+    """The model of a folder, in float32, with other weights of modules; saved to `folder` on the way."""
+    import transformers
+
+    tensors = stored_tensors(source) | {f"{module}.weight": weight.contiguous() for module, weight in weights.items()}
+    save_checkpoint(folder, tensors, json.loads((source / "config.json").read_text()))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
 
 
 def save_fused(model: Any, folder: Path) -> Path:

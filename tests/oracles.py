@@ -7,6 +7,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -41,6 +42,27 @@ def hqq_layers(folder: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
         layer.load_state_dict(state)
         layers[module] = layer
     return layers
+
+
+def mlx_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Dequantized weights of a folder in format `mlx`, by mlx."""
+    import mlx.core as mx
+
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    stored = {name: array for file in folder.glob("model*.safetensors") for name, array in mx.load(str(file)).items()}
+    weights = {}
+    for module in (name.removesuffix(".scales") for name in stored if name.endswith(".scales")):
+        parts = (stored[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
+        weights[module] = from_mlx(mx.dequantize(*parts, **settings))
+    return weights
+
+
+def from_mlx(array) -> torch.Tensor:
+    """The same numbers, in the same type."""
+    import mlx.core as mx
+
+    dtype = getattr(torch, str(array.dtype).removeprefix("mlx.core."))
+    return torch.from_numpy(np.array(array.astype(mx.float32))).to(dtype)
 
 
 def compressed_tensors_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from hqq_core.errors import FormatError
 from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
 from hqq_core.formats.hqq import HqqWriter
+from hqq_core.formats.mlx import MlxWriter
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec
 
@@ -14,6 +15,7 @@ FORMATS: dict[str, CheckpointWriter] = {
     for writer in (
         CompressedTensorsWriter(),
         HqqWriter(),
+        MlxWriter(),
     )
 }
 

@@ -43,7 +43,7 @@ class CompressedTensorsWriter:
             raise refuse(self, "zero", spec.zero, "'int'; format 'hqq' holds a float zero")
         return spec
 
-    def check_model(self, roles: set[Role]) -> None:
+    def check_model(self, roles: set[Role], config: dict[str, Any]) -> None:
         """No mixture of experts: transformers 5.23 fuses the experts of such a folder, and drops or misses their weights."""
         if Role.EXPERT in roles:
             raise refuse(self, "format", "mixture of experts", "no experts with zero points; format 'hqq' holds them")
@@ -79,14 +79,14 @@ class CompressedTensorsWriter:
             f"{module}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
         }
 
-    def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+    def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """One scheme for all linear layers; transformers needs "dequantize", others ignore it."""
         weights = {
             "num_bits": spec.code_bits, "type": "int", "symmetric": False, "strategy": "group",
             "group_size": spec.group_size, "dynamic": False,
         }  # fmt: skip
         scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        return {
+        settings = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
@@ -94,3 +94,4 @@ class CompressedTensorsWriter:
             "config_groups": {"group_0": scheme},
             "ignore": sorted({"lm_head", *copied}),
         }
+        return {"quantization_config": settings}

@@ -33,13 +33,15 @@ class HqqWriter:
     name = "hqq"
 
     def check(self, recipe: Recipe) -> QuantSpec:
-        """Any bits, axis and zero; hqq wants a group size in multiples of 8."""
+        """Any bits and axis; hqq wants a group size in multiples of 8 and stores zeros."""
         spec = recipe.spec("float")
         if spec.group_size is not None and spec.group_size % 8:
             raise refuse(self, "group_size", spec.group_size, "multiples of 8, or null")
+        if spec.zero == "offset":
+            raise refuse(self, "zero", spec.zero, "'float', 'int' or 'none'; format 'mlx' holds offsets")
         return spec
 
-    def check_model(self, roles: set[Role]) -> None:
+    def check_model(self, roles: set[Role], config: dict[str, Any]) -> None:
         """Any."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
@@ -80,19 +82,20 @@ class HqqWriter:
         }
         return {f"{module}.{key}": value for key, value in stored.items()}
 
-    def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+    def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """As transformers 4.57 writes it."""
         weights = {
             "nbits": spec.code_bits, "channel_wise": True, "group_size": spec.group_size, "optimize": True,
             "round_zero": spec.nbits == 4, "axis": spec.axis, "view_as_float": False,
         }  # fmt: skip
-        return {
+        settings = {
             "quant_method": "hqq",
             "quant_config": {
                 "weight_quant_params": weights, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False,
             },
             "skip_modules": sorted({"lm_head", *copied}),
         }  # fmt: skip
+        return {"quantization_config": settings}
 
 
 def _grouped_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:

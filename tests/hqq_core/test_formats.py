@@ -11,7 +11,8 @@ from hqq_core.errors import FormatError
 from hqq_core.formats import FORMATS
 from hqq_core.safetensors_file import DTYPES, NAMES
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
-from tests.oracles import compressed_tensors_weights, hqq_layers
+from tests.families import build, replaced
+from tests.oracles import compressed_tensors_weights, from_mlx, hqq_layers, mlx_weights
 
 HQQ = Recipe(format="hqq")
 
@@ -21,6 +22,7 @@ class WriterContract:
 
     name: str
     recipes: tuple[Recipe, ...]
+    hidden = 64
 
     def read(self, folder, dtype) -> dict[str, torch.Tensor]:
         """Dequantized weights by module, as the format's own reader has them."""
@@ -42,8 +44,8 @@ class WriterContract:
     @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
     def test_the_reader_sees_what_was_solved(self, tmp_path, dtype):
         torch_dtype = DTYPES[dtype]
-        tensors = llama_tensors(layers=1, dtype=torch_dtype)
-        source = save_checkpoint(tmp_path / "m", tensors, llama_config(1))
+        tensors = llama_tensors(1, self.hidden, torch_dtype)
+        source = save_checkpoint(tmp_path / "m", tensors, llama_config(1, self.hidden))
         energies = profile(Checkpoint.open(source)).vectors
         for i, recipe in enumerate(self.recipes):
             quantize_checkpoint(source, tmp_path / str(i), recipe)
@@ -51,7 +53,7 @@ class WriterContract:
             planned = [tensor for tensor in build_plan(Checkpoint.open(source), recipe).tensors if tensor.spec]
             assert {tensor.module for tensor in planned} == set(read)
             for tensor in planned:
-                solved = quantize(tensors[tensor.name], tensor.spec, energy=energies[tensor.name]).dequantize()
+                solved = quantize(tensors[tensor.name], tensor.spec, energy=energies.get(tensor.name)).dequantize()
                 assert torch.equal(read[tensor.module], solved), (tensor.name, recipe)
 
     def test_codes_scales_and_zeros_follow_the_spec(self, writer):
@@ -82,6 +84,59 @@ class TestHqq(WriterContract):
         )
         odd = next(tensor for tensor in plan.tensors if "k_proj" in tensor.name)
         assert odd.reason == "3 rows of groups do not fill bytes of 2 codes"
+
+
+class TestMlx(WriterContract):
+    name = "mlx"
+    recipes = (
+        *(Recipe(format="mlx", nbits=nbits, group_size=g) for nbits in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)),
+        Recipe(format="mlx", include_modules=("embed_tokens", "lm_head")),
+    )
+    hidden = 128
+
+    def read(self, folder, dtype):
+        return mlx_weights(folder)
+
+    @pytest.mark.parametrize("nbits", [2, 3, 4, 5, 6, 8])
+    def test_mlx_lm_computes_with_the_dequantized_weights(self, tmp_path, nbits):
+        build("llama", num_hidden_layers=3).save_pretrained(tmp_path / "m", max_shard_size="150KB")
+        recipe = Recipe(format="mlx", nbits=nbits, group_size=32, include_modules=["embed_tokens", "lm_head"])
+        quantize_checkpoint(tmp_path / "m", tmp_path / "out", recipe)
+        self.compare(tmp_path)
+
+    @pytest.mark.parametrize("family", ["mistral", "qwen3", "phi3", "mixtral", "olmoe", "qwen2_moe"])
+    def test_mlx_lm_loads_other_families(self, tmp_path, family):
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64} if "moe" in family else {}
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} if family == "qwen2_moe" else {}
+        build(family, intermediate_size=64, **experts, **rope).save_pretrained(tmp_path / "m")
+        quantize_checkpoint(tmp_path / "m", tmp_path / "out", Recipe(format="mlx", group_size=32, energy="none"))
+        self.compare(tmp_path)
+
+    def compare(self, folder):
+        """Logits of mlx-lm beside those of transformers with the weights that mlx dequantizes."""
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        ids = torch.arange(1, 25)[None] * 7 % 320
+        with torch.no_grad():
+            wanted = replaced(folder / "m", folder / "dequantized", mlx_weights(folder / "out"))(ids).logits
+        got = from_mlx(load_model(folder / "out")[0](mx.array(ids.numpy())))
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+    def test_other_mixtures_of_experts_are_refused(self, tmp_path):
+        build("qwen3_moe", moe_intermediate_size=64).save_pretrained(tmp_path / "m")
+        with pytest.raises(FormatError, match="experts of mixtral, olmoe, qwen2_moe alone; format 'hqq' holds all"):
+            build_plan(Checkpoint.open(tmp_path / "m"), Recipe(format="mlx", group_size=32))
+
+    def test_offsets_are_solved_as_they_are_stored(self):
+        """At 8 bit, bfloat16 holds an offset to a step or so: rounded afterwards it costs a third of the accuracy."""
+        writer = FORMATS[self.name]
+        spec = writer.tensor_spec(writer.check(Recipe(format="mlx", nbits=8)), "BF16")
+        W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+        solved = quantize(W, spec)
+        real = quantize(W, dataclasses.replace(spec, zero="float"))
+        rounded = real.W_q * real.scale.float() + (-real.zero.float() * real.scale.float()).bfloat16().float()
+        assert solved.squared_error < 0.75 * (rounded.view(W.shape) - W.float()).square().sum()
 
 
 class TestCompressedTensors(WriterContract):

@@ -74,6 +74,11 @@ def test_recipe_survives_json():
         (Recipe(format="compressed-tensors", axis=0), "axis"),
         (Recipe(format="compressed-tensors", zero="float"), "zero"),
         (Recipe(format="hqq", group_size=12), "group_size"),
+        (Recipe(format="hqq", zero="offset"), "zero"),
+        (Recipe(format="mlx", nbits=1), "nbits"),
+        (Recipe(format="mlx", group_size=16), "group_size"),
+        (Recipe(format="mlx", axis=0), "axis"),
+        (Recipe(format="mlx", zero="float"), "zero"),
     ],
 )
 def test_formats_refuse_early_and_name_the_setting(recipe, field):
@@ -86,4 +91,5 @@ def test_each_format_has_its_own_zero():
     assert {name: check_recipe(Recipe(format=name)).zero for name in FORMATS} == {
         "compressed-tensors": "int",
         "hqq": "float",
+        "mlx": "offset",
     }
