@@ -22,6 +22,10 @@ _LATENT = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
+_ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 _WHISPER = {
     "vocab_size": 512, "d_model": 64, "num_mel_bins": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_source_positions": 8,
@@ -46,12 +50,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
 }
 
+# Settings of other mixtures of experts, which are not profiled here.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 64},
+    "glm4_moe": _ROUTED,
+    "dots1": _ROUTED,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+}
+
 
 def build(family: str, seed: int = 0, **changes: Any) -> Any:
     """A seeded random model of a family, in float32: with head, but for encoders and speech."""
     import transformers
 
-    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | FAMILIES.get(family, {})
+    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | (FAMILIES | MIXTURES)[family]
     if family == "gpt2":
         own = own | {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(family, **own | changes)

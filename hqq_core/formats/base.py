@@ -30,7 +30,7 @@ class CheckpointWriter(Protocol):
     def check(self, recipe: Recipe) -> QuantSpec:
         """Settings for this recipe; FormatError names what the format or its readers cannot hold, and which could."""
 
-    def check_model(self, roles: set[Role], config: dict[str, Any]) -> None:
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """FormatError where no reader of this format takes a model with such tensors and such a config.json."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:

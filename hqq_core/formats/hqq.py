@@ -41,7 +41,7 @@ class HqqWriter:
             raise refuse(self, "zero", spec.zero, "'float', 'int' or 'none'; format 'mlx' holds offsets")
         return spec
 
-    def check_model(self, roles: set[Role], config: dict[str, Any]) -> None:
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """Any."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:

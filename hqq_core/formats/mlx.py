@@ -44,9 +44,9 @@ class MlxWriter:
             raise refuse(self, "zero", spec.zero, "'offset'; format 'hqq' holds the others")
         return spec
 
-    def check_model(self, roles: set[Role], config: dict[str, Any]) -> None:
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """mlx-lm 0.32 stacks the experts of every family, but of some without their scales."""
-        if Role.EXPERT in roles and config.get("model_type") not in EXPERT_FAMILIES:
+        if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
             wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
             raise refuse(self, "format", f"mixture of experts of {config.get('model_type')}", wanted)
 

@@ -68,7 +68,7 @@ def test_recipe_survives_json():
     ("recipe", "field"),
     [
         (Recipe(format="gguf-typo"), "format"),
-        (Recipe(format="compressed-tensors", nbits=3), "nbits"),
+        (Recipe(format="compressed-tensors", nbits=1), "nbits"),
         (Recipe(format="compressed-tensors", group_size=48), "group_size"),
         (Recipe(format="compressed-tensors", group_size=None), "group_size"),
         (Recipe(format="compressed-tensors", axis=0), "axis"),
