@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from hqq_core.errors import FormatError
+from hqq_core.formats.awq import AwqWriter
 from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
+from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
 from hqq_core.formats.mlx import MlxWriter
 from hqq_core.recipe import Recipe
@@ -16,6 +18,8 @@ FORMATS: dict[str, CheckpointWriter] = {
         CompressedTensorsWriter(),
         HqqWriter(),
         MlxWriter(),
+        AwqWriter(),
+        GptqWriter(),
     )
 }
 

@@ -17,6 +17,7 @@ from hqq_core.tensors import QuantizedTensor
 Layout = list[tuple[str, str, tuple[int, ...]]]  # (name, safetensors dtype, shape) of each stored tensor
 
 SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
 
 
 class CheckpointWriter(Protocol):
@@ -59,3 +60,8 @@ def refuse_unless_linear(role: Role) -> str | None:
     if role in (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER):
         return None
     return str(role.value)
+
+
+def refuse_unless_inner_linear(role: Role) -> str | None:
+    """For a format whose readers leave routers and the output head alone."""
+    return None if role in (Role.LINEAR, Role.EXPERT) else str(role.value)

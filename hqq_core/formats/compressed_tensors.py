@@ -57,7 +57,7 @@ class CompressedTensorsWriter:
             raise refuse(self, "format", "experts left unquantized", "all experts or no model; format 'hqq' holds some")
         if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
             wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
-            raise refuse(self, "format", f"mixture of experts of {config.get('model_type')}", wanted)
+            raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """Scales in the model's own type, which the kernels insist on."""

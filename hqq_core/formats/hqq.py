@@ -14,17 +14,15 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_linear
 from hqq_core.packing import STRIDED_PER_WORD, pack_strided
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import DTYPES, NAMES
 from hqq_core.solver import resolve_group_size
-from hqq_core.spec import QuantSpec, ScaleDtype
+from hqq_core.spec import QuantSpec
 from hqq_core.tensors import QuantizedTensor
 
 _PACKING = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-# The reader casts scale and zero to the model's type. Half precision holds both for a float32 model, at half the bytes.
-_SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
 
 
 class HqqWriter:
@@ -45,8 +43,8 @@ class HqqWriter:
         """Any."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scale and zero as the reader will cast them."""
-        return dataclasses.replace(spec, scale_dtype=_SCALE_DTYPES[dtype])
+        """Scale and zero as the reader will cast them; half precision holds both for a float32 model, at half the bytes."""
+        return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Codes are packed across groups, so the rows of the grouped matrix must fill whole bytes."""

@@ -13,7 +13,7 @@ from hqq_core.formats.compressed_tensors import EXPERT_FAMILIES
 from hqq_core.safetensors_file import DTYPES, NAMES
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.families import build, replaced
-from tests.oracles import compressed_tensors_weights, from_mlx, hqq_layers, mlx_weights
+from tests.oracles import awq_weights, compressed_tensors_weights, from_mlx, gptq_weights, hqq_layers, mlx_weights
 
 HQQ = Recipe(format="hqq")
 
@@ -218,3 +218,71 @@ class TestCompressedTensors(WriterContract):
         real = quantize(W, dataclasses.replace(spec, zero="float"))
         rounded = (real.W_q - real.zero.float().round().clamp(0, 15)) * real.scale.float()
         assert solved.squared_error < (rounded.view(W.shape) - W.float()).square().sum()
+
+
+class TestAwq(WriterContract):
+    name = "awq"
+    recipes = (Recipe(format="awq"), Recipe(format="awq", group_size=128))
+    hidden = 128
+
+    def read(self, folder, dtype):
+        return awq_weights(folder, dtype)
+
+    def test_mlx_lm_loads_it(self, tmp_path):
+        """It computes in the scales' half precision, and rounds -zero * scale to it."""
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        build("llama", num_hidden_layers=3, intermediate_size=64).save_pretrained(tmp_path / "m")
+        quantize_checkpoint(
+            tmp_path / "m", tmp_path / "out", Recipe(format="awq", skip_modules=["layers.1.mlp.up_proj"])
+        )
+        ids = torch.arange(1, 25)[None] * 7 % 320
+        read = awq_weights(tmp_path / "out", torch.float32)
+        with torch.no_grad():
+            wanted = replaced(tmp_path / "m", tmp_path / "dequantized", read)(ids).logits
+        got = from_mlx(load_model(tmp_path / "out")[0](mx.array(ids.numpy())))
+        assert (got - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+    @pytest.mark.parametrize(
+        ("family", "recipe", "field", "message"),
+        [
+            ("mixtral", {}, "format", "formats 'hqq' and 'compressed-tensors' hold some"),
+            ("gpt_neox", {}, "format", "no family that scales activations"),
+            ("llama", {"include_modules": ["lm_head"]}, "include_modules", "lm_head: cannot be quantized"),
+        ],
+    )
+    def test_what_readers_would_not_find_is_refused(self, tmp_path, family, recipe, field, message):
+        build(family, intermediate_size=64).save_pretrained(tmp_path / "m")
+        with pytest.raises(FormatError, match=message) as caught:
+            build_plan(Checkpoint.open(tmp_path / "m"), Recipe(format="awq", **recipe))
+        assert caught.value.field == field
+
+    def test_outputs_that_do_not_fill_a_word_are_copied(self, tmp_path):
+        tensors = llama_tensors(1) | {"model.layers.0.self_attn.k_proj.weight": torch.ones(12, 64).bfloat16()}
+        source = save_checkpoint(tmp_path / "m", tensors, llama_config(1))
+        plan = build_plan(Checkpoint.open(source), Recipe(format="awq"))
+        assert next(t.reason for t in plan.tensors if "k_proj" in t.name) == "12 outputs do not fill words of 8"
+
+
+class TestGptq(WriterContract):
+    name = "gptq"
+    recipes = tuple(Recipe(format="gptq", nbits=nbits, group_size=g) for nbits in (4, 8) for g in (32, 64, 128))
+    hidden = 128
+
+    def read(self, folder, dtype):
+        return gptq_weights(folder, dtype)
+
+    @pytest.mark.parametrize(
+        ("family", "recipe", "field", "message"),
+        [
+            ("opt", {}, "format", "models of gemma2, .* hold"),
+            ("llama", {"include_modules": ["lm_head"]}, "include_modules", "lm_head: cannot be quantized"),
+            ("llama", {"skip_modules": ["layers.0.mlp.up_proj"]}, "format", "unquantized linear layers"),
+        ],
+    )
+    def test_what_readers_would_not_find_is_refused(self, tmp_path, family, recipe, field, message):
+        build(family, intermediate_size=64).save_pretrained(tmp_path / "m")
+        with pytest.raises(FormatError, match=message) as caught:
+            build_plan(Checkpoint.open(tmp_path / "m"), Recipe(format="gptq", group_size=32, **recipe))
+        assert caught.value.field == field
