@@ -8,6 +8,7 @@ from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
 from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
+from hqq_core.formats.metal import MetalWriter
 from hqq_core.formats.mlx import MlxWriter
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec
@@ -20,6 +21,7 @@ FORMATS: dict[str, CheckpointWriter] = {
         MlxWriter(),
         AwqWriter(),
         GptqWriter(),
+        MetalWriter(),
     )
 }
 

@@ -23,6 +23,7 @@ from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
 NBITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+PARTS = ("weight", "scales", "biases")
 EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen2_moe")  # each loaded by mlx-lm in our tests
 
 
@@ -48,7 +49,7 @@ class MlxWriter:
         """mlx-lm 0.32 stacks the experts of every family, but of some without their scales."""
         if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
             wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
-            raise refuse(self, "format", f"mixture of experts of {config.get('model_type')}", wanted)
+            raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """Scales and biases in the model's own type: a wider one would widen all that is computed with them."""
@@ -60,25 +61,36 @@ class MlxWriter:
 
     def layout(self, module: str, shape: tuple[int, ...], dtype: str, spec: QuantSpec) -> Layout:
         """Names, types and shapes of nn.QuantizedLinear's parameters."""
-        rows, columns = shape
-        n_groups = columns // resolve_group_size(shape, spec)
-        stored = NAMES[TORCH_DTYPES[spec.scale_dtype]]
-        return [
-            (f"{module}.weight", "U32", (rows, columns * spec.code_bits // 32)),
-            (f"{module}.scales", stored, (rows, n_groups)),
-            (f"{module}.biases", stored, (rows, n_groups)),
-        ]
+        return affine_layout(module, PARTS, shape, spec)
 
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Codes packed along the inputs."""
-        rows, columns = tensor.shape
-        return {
-            f"{module}.weight": pack_dense(tensor.W_q.view(rows, columns), tensor.spec.code_bits).view(torch.uint32),
-            f"{module}.scales": tensor.scale.view(rows, -1),
-            f"{module}.biases": tensor.offset.view(rows, -1),
-        }
+        return affine(module, PARTS, tensor)
 
     def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """As mlx-lm writes it, twice; modules without scales are left as they are."""
         settings = {"group_size": spec.group_size, "bits": spec.code_bits, "mode": "affine"}
         return {"quantization": settings, "quantization_config": settings}
+
+
+def affine_layout(module: str, parts: Iterable[str], shape: tuple[int, ...], spec: QuantSpec) -> Layout:
+    """Names, types and shapes of `affine`'s tensors."""
+    rows, columns = shape
+    weight, scales, offsets = parts
+    stored, n_groups = NAMES[TORCH_DTYPES[spec.scale_dtype]], columns // resolve_group_size(shape, spec)
+    return [
+        (f"{module}.{weight}", "U32", (rows, columns * spec.code_bits // 32)),
+        (f"{module}.{scales}", stored, (rows, n_groups)),
+        (f"{module}.{offsets}", stored, (rows, n_groups)),
+    ]
+
+
+def affine(module: str, parts: Iterable[str], tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """Codes as a dense bit stream along the inputs, scales and offsets."""
+    rows, columns = tensor.shape
+    weight, scales, offsets = parts
+    return {
+        f"{module}.{weight}": pack_dense(tensor.W_q.view(rows, columns), tensor.spec.code_bits).view(torch.uint32),
+        f"{module}.{scales}": tensor.scale.view(rows, -1),
+        f"{module}.{offsets}": tensor.offset.view(rows, -1),
+    }

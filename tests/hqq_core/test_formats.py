@@ -8,12 +8,21 @@ import torch
 from hqq_core import Checkpoint, QuantSpec, Recipe, build_plan, quantize, quantize_checkpoint
 from hqq_core.energy import profile
 from hqq_core.errors import FormatError
+from hqq_core.evaluate import load_model
 from hqq_core.formats import FORMATS
 from hqq_core.formats.compressed_tensors import EXPERT_FAMILIES
 from hqq_core.safetensors_file import DTYPES, NAMES
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.families import build, replaced
-from tests.oracles import awq_weights, compressed_tensors_weights, from_mlx, gptq_weights, hqq_layers, mlx_weights
+from tests.oracles import (
+    awq_weights,
+    compressed_tensors_weights,
+    from_mlx,
+    gptq_weights,
+    hqq_layers,
+    mlx_weights,
+    stored_tensors,
+)
 
 HQQ = Recipe(format="hqq")
 
@@ -24,6 +33,7 @@ class WriterContract:
     name: str
     recipes: tuple[Recipe, ...]
     hidden = 64
+    arithmetic: torch.dtype | None = None  # the reader's, where it is not the model's type
 
     def read(self, folder, dtype) -> dict[str, torch.Tensor]:
         """Dequantized weights by module, as the format's own reader has them."""
@@ -54,8 +64,10 @@ class WriterContract:
             planned = [tensor for tensor in build_plan(Checkpoint.open(source), recipe).tensors if tensor.spec]
             assert {tensor.module for tensor in planned} == set(read)
             for tensor in planned:
-                solved = quantize(tensors[tensor.name], tensor.spec, energy=energies.get(tensor.name)).dequantize()
-                assert torch.equal(read[tensor.module], solved), (tensor.name, recipe)
+                solved = quantize(tensors[tensor.name], tensor.spec, energy=energies.get(tensor.name)).dequantize(
+                    self.arithmetic
+                )
+                assert torch.equal(read[tensor.module], solved.to(torch_dtype)), (tensor.name, recipe)
 
     def test_codes_scales_and_zeros_follow_the_spec(self, writer):
         for recipe in self.recipes:
@@ -286,3 +298,52 @@ class TestGptq(WriterContract):
         with pytest.raises(FormatError, match=message) as caught:
             build_plan(Checkpoint.open(tmp_path / "m"), Recipe(format="gptq", group_size=32, **recipe))
         assert caught.value.field == field
+
+
+class TestMetal(WriterContract):
+    name = "metal"
+    recipes = (
+        *(Recipe(format="metal", nbits=nbits, group_size=g) for nbits in (2, 4, 8) for g in (32, 64, 128)),
+        Recipe(format="metal", include_modules=("lm_head",), skip_modules=("layers.0.mlp.up_proj",)),
+    )
+    hidden = 128
+    arithmetic = torch.float32
+
+    def read(self, folder, dtype):
+        """Transformers itself, which dequantizes where there is no Mac; all that it loads must be there."""
+        from transformers import AutoModelForCausalLM
+
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="cpu", dtype=dtype, output_loading_info=True
+        )
+        assert not any(told.values())
+        packed = {name.removesuffix(".qbiases") for name in stored_tensors(folder) if name.endswith(".qbiases")}
+        return {module: model.get_submodule(module).weight.detach() for module in packed}
+
+    def test_it_can_be_evaluated(self, tmp_path):
+        quantize_checkpoint(save_llama(tmp_path / "m"), tmp_path / "out", Recipe(format="metal"))
+        ids = torch.arange(1, 25)[None] * 7 % 320
+        with torch.no_grad():
+            got = load_model(tmp_path / "out")(ids).logits
+            weights = self.read(tmp_path / "out", torch.bfloat16)
+            assert torch.equal(got, replaced(tmp_path / "m", tmp_path / "dequantized", weights)(ids).logits)
+
+    def test_a_layer_left_alone_is_left_alone(self, tmp_path):
+        """Also where another's name begins with its name."""
+        from transformers import AutoModelForCausalLM
+
+        tensors = llama_tensors(11)
+        source = save_checkpoint(tmp_path / "m", tensors, llama_config(11))
+        recipe = Recipe(format="metal", energy="none", skip_modules=["layers.1.mlp.up_proj"])
+        quantize_checkpoint(source, tmp_path / "out", recipe)
+        layers = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu").model.layers
+        alike = [
+            torch.equal(layers[i].mlp.up_proj.weight, tensors[f"model.layers.{i}.mlp.up_proj.weight"])
+            for i in range(11)
+        ]
+        assert alike == [i == 1 for i in range(11)]
+
+    def test_a_mixture_of_experts_is_refused(self, tmp_path):
+        build("mixtral", intermediate_size=64).save_pretrained(tmp_path / "m")
+        with pytest.raises(FormatError, match="formats 'mlx' and 'compressed-tensors' hold some"):
+            build_plan(Checkpoint.open(tmp_path / "m"), Recipe(format="metal"))

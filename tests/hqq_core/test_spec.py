@@ -83,6 +83,10 @@ def test_recipe_survives_json():
         (Recipe(format="gptq", group_size=None), "group_size"),
         (Recipe(format="gptq", axis=0), "axis"),
         (Recipe(format="gptq", zero="int"), "zero"),
+        (Recipe(format="metal", nbits=3), "nbits"),
+        (Recipe(format="metal", group_size=None), "group_size"),
+        (Recipe(format="metal", axis=0), "axis"),
+        (Recipe(format="metal", zero="float"), "zero"),
         (Recipe(format="mlx", nbits=1), "nbits"),
         (Recipe(format="mlx", group_size=16), "group_size"),
         (Recipe(format="mlx", axis=0), "axis"),
@@ -102,4 +106,5 @@ def test_each_format_has_its_own_zero():
         "mlx": "offset",
         "awq": "int",
         "gptq": "none",
+        "metal": "offset",
     }
