@@ -315,12 +315,11 @@ def _without_auto_map(raw: bytes) -> bytes:
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The source's config.json with a quantization_config, and without pointers to code in the repository."""
+    """The source's config.json with what its format's readers look for, and without pointers to code in the repository."""
     quantized = [tensor.module for tensor in plan.tensors if tensor.spec]
     copied = [tensor.module for tensor in plan.tensors if tensor.spec is None and _may_be_linear(tensor)]
-    settings = writer_of(plan.recipe).quantization_config(plan.spec, quantized, copied)
     kept = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    return kept | {"quantization_config": settings}
+    return kept | writer_of(plan.recipe).config(plan.spec, quantized, copied)
 
 
 def _may_be_linear(tensor: TensorPlan) -> bool:

@@ -52,9 +52,11 @@ def load_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = json.loads((folder / CONFIG).read_text())
-    if config.get("quantization_config", {}).get("quant_method") == "hqq":
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method == "hqq":
         raise CheckpointError(f"{CONFIG}: format 'hqq' is read by the hqq library or transformers < 5, not by this one")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    where = {"device_map": "cpu"} if method == "metal" else {}  # transformers would look for a Mac's GPU
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **where)
     return model.to(torch.float32).eval()
 
 

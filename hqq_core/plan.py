@@ -199,7 +199,6 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     spec = writer.check(recipe)
     headers = checkpoint.headers()
     entries = [entry for file in headers.values() for entry in file.values()]
-    writer.check_model({role(entry.name, entry.shape, checkpoint.config) for entry in entries})
     _check_names(recipe, entries, checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
@@ -208,6 +207,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     ]
     if not any(tensor.spec for tensor in tensors):
         raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
+    _check_model(tensors, spec, writer, checkpoint.config)
     tensors = _assign_files(tensors, recipe)
     shards = (
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
@@ -215,6 +215,13 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     )
     carried, left_out = checkpoint.carried_files()
     return Plan(recipe, spec, tuple(shards), tuple(carried), tuple(left_out))
+
+
+def _check_model(tensors: list[TensorPlan], spec: QuantSpec, writer: CheckpointWriter, config: dict[str, Any]) -> None:
+    roles: dict[bool, set[Role]] = {True: set(), False: set()}
+    for tensor in tensors:
+        roles[tensor.spec is not None].add(role(tensor.name, tensor.shape, config))
+    writer.check_model(spec, roles[True], roles[False], config)
 
 
 def stored_tensors(tensor: TensorPlan, recipe: Recipe) -> Layout:

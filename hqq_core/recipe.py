@@ -31,7 +31,7 @@ class Recipe:
         As in QuantSpec.
     preset : {"fast", "balanced", "best"}
         How long the solver searches; docs/solver.md has what each costs and gains.
-    zero : {"float", "int", "none"} or None
+    zero : {"float", "offset", "int", "none"} or None
         None takes what the format holds best.
     energy : {"auto", "synthetic", "analytic", "none"}
         Where the weights of the columns come from: random tokens, the weights alone, or nowhere (h = 1). "auto" takes the

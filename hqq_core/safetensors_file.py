@@ -243,7 +243,10 @@ class SafetensorsWriter:
         entry = self.entries[name]
         assert NAMES[tensor.dtype] == entry.dtype, f"{name}: {tensor.dtype}, announced {entry.dtype}"
         assert tuple(tensor.shape) == entry.shape, f"{name}: {tuple(tensor.shape)}, announced {entry.shape}"
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = tensor.contiguous().as_strided(
+            (tensor.numel(),), (1,)
+        )  # contiguous, a single number may have any stride
+        raw = flat.view(torch.uint8).numpy()
         with self._room():
             self._pwrite(raw.data, entry.begin)
         self._missing.discard(name)

@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 
 from hqq_core.errors import SpecError
 
-ZeroMode = Literal["float", "int", "none"]
+ZeroMode = Literal["float", "offset", "int", "none"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 NBITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
 TERNARY = 1.58
 ZERO_MODES: tuple[str, ...] = get_args(ZeroMode)
+REAL_ZEROS = ("float", "offset")
 SCALE_DTYPES: tuple[str, ...] = get_args(ScaleDtype)
 VERSION = 1
 MAX_GROUP_SIZE = 1 << 31
@@ -32,10 +33,11 @@ class QuantSpec:
         Weights that share one (scale, zero); None takes the whole channel.
     axis : int
         1 groups consecutive inputs of one output row; 0 groups strided rows of one input column, as `hqq` does.
-    zero : {"float", "int", "none"}
-        Real zero (HQQ), integer zero point inside the code range, or a fixed middle (symmetric).
+    zero : {"float", "offset", "int", "none"}
+        Real zero (HQQ), real zero of which -zero * scale is stored (MLX), integer zero point inside the code range, or a fixed
+        middle (symmetric).
     scale_dtype : {"float32", "float16", "bfloat16"}
-        What scale and zero are stored as; they are rounded to it before the codes are chosen.
+        What scale and zero, or offset, are stored as; they are rounded to it before the codes are chosen.
     iters : int
         Least-squares steps; 0 with one start is round to nearest.
     starts : int

@@ -21,7 +21,8 @@ class QuantizedTensor:
     W_q : Tensor [shape=(n_groups, group_size) for axis 1, (group_size, n_groups) for axis 0], uint8
         Codes in 0 .. 2 ** nbits - 1, grouped as `hqq` groups them.
     scale, zero : Tensor [shape=(n_groups, 1) for axis 1, (1, n_groups) for axis 0], spec.scale_dtype
-        Step and offset. With `spec.zero` "int" the zero is a whole number of 0 .. Q, with "none" `spec.middle`.
+        Step, and code of 0. With `spec.zero` "int" the zero is a whole number of 0 .. Q, with "none" `spec.middle`; with "offset"
+        it is float32, and what `spec.scale_dtype` holds is `offset`.
     shape : tuple of int
         Shape of the original W.
     dtype : torch.dtype
@@ -41,7 +42,7 @@ class QuantizedTensor:
     squared_norm: float
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W as a reader sees it: (W_q - zero) * scale, all arithmetic in `dtype` (default: the original's).
+        """W as a reader sees it: (W_q - zero) * scale, or W_q * scale + offset, in the arithmetic of `dtype` (default: W's).
 
         Examples
         --------
@@ -50,8 +51,16 @@ class QuantizedTensor:
         [1.0]
         """
         dtype = dtype or self.dtype
-        W_r = (self.W_q.to(dtype) - self.zero.to(dtype)) * self.scale.to(dtype)
+        if self.spec.zero == "offset":
+            W_r = self.W_q.to(dtype) * self.scale.to(dtype) + self.offset.to(dtype)
+        else:
+            W_r = (self.W_q.to(dtype) - self.zero.to(dtype)) * self.scale.to(dtype)
         return W_r.reshape(self.shape)
+
+    @property
+    def offset(self) -> torch.Tensor:
+        """-zero * scale, what code 0 stands for, as `spec.scale_dtype`: with zero "offset" the one that was solved for."""
+        return (-self.zero.float() * self.scale.float()).to(self.scale.dtype)
 
     @property
     def numel(self) -> int:

@@ -15,7 +15,7 @@ def recipe(
     ] = None,
     format: Annotated[str | None, typer.Option(help="Format of the result.")] = None,
     axis: Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")] = None,
-    zero: Annotated[str | None, typer.Option(help="float, int or none; the format's own unless given.")] = None,
+    zero: Annotated[str | None, typer.Option(help="float, offset, int or none; the format's own unless given.")] = None,
     preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
     energy: Annotated[
         str | None, typer.Option(help="What weights the columns: auto, synthetic, analytic or none.")

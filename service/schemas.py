@@ -61,7 +61,7 @@ class RecipeBody(RequestBody):
     nbits: Nbits = 4
     group_size: StrictInt | None = 64
     axis: StrictInt = 1
-    zero: Literal["float", "int", "none"] | None = None
+    zero: Literal["float", "offset", "int", "none"] | None = None
     """Null: what the format holds best."""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """How long the solver searches."""

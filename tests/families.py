@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.checkpoints import save_checkpoint
+from tests.oracles import stored_tensors
 
 _SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -19,6 +21,10 @@ _LATENT = {
     "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+_ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _WHISPER = {
     "vocab_size": 512, "d_model": 64, "num_mel_bins": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -44,12 +50,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
 }
 
+# Settings of other mixtures of experts, which are not profiled here.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 64},
+    "glm4_moe": _ROUTED,
+    "dots1": _ROUTED,
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+}
+
 
 def build(family: str, seed: int = 0, **changes: Any) -> Any:
     """A seeded random model of a family, in float32: with head, but for encoders and speech."""
     import transformers
 
-    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | FAMILIES[family]
+    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | (FAMILIES | MIXTURES)[family]
     if family == "gpt2":
         own = own | {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(family, **own | changes)
@@ -70,6 +86,17 @@ def save(family: str, folder: Path, **changes: Any) -> Path:
     """A random model's folder, in several shards."""
     build(family, **changes).save_pretrained(folder, max_shard_size="150KB")
     return folder
+
+
+def replaced(source: Path, result: Path, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
+    """The model of a result, in float32: its dequantized weights by module, and what it copied or folded; saved to `folder`."""
+    import transformers
+
+    before, after = stored_tensors(source), stored_tensors(result)
+    tensors = {name: after.get(name, tensor) for name, tensor in before.items()}
+    tensors |= {f"{module}.weight": weight.contiguous() for module, weight in weights.items()}
+    save_checkpoint(folder, tensors, json.loads((source / "config.json").read_text()))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
 
 
 def save_fused(model: Any, folder: Path) -> Path:

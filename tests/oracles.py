@@ -7,6 +7,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -41,6 +42,84 @@ def hqq_layers(folder: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
         layer.load_state_dict(state)
         layers[module] = layer
     return layers
+
+
+def mlx_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Dequantized weights of a folder in format `mlx`, by mlx."""
+    import mlx.core as mx
+
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    stored = {name: array for file in folder.glob("model*.safetensors") for name, array in mx.load(str(file)).items()}
+    weights = {}
+    for module in (name.removesuffix(".scales") for name in stored if name.endswith(".scales")):
+        parts = (stored[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
+        weights[module] = from_mlx(mx.dequantize(*parts, **settings))
+    return weights
+
+
+def from_mlx(array) -> torch.Tensor:
+    """The same numbers, in the same type."""
+    import mlx.core as mx
+
+    dtype = getattr(torch, str(array.dtype).removeprefix("mlx.core."))
+    return torch.from_numpy(np.array(array.astype(mx.float32))).to(dtype)
+
+
+def awq_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Dequantized weights of a folder in format `awq`, from the layout's description; strict about everything stored."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["version"], config["bits"], config["zero_point"]) == ("awq", "gemm", 4, True)
+    shifts = np.array([0, 16, 4, 20, 8, 24, 12, 28])  # of outputs 0, 1, ... in a word
+    weights = {}
+    for module, stored in _modules(folder, ".qweight"):
+        assert stored.keys() - {"bias"} == {"qweight", "qzeros", "scales"}
+        q, zero = (
+            _unpack(stored[name], shifts, 15) for name in ("qweight", "qzeros")
+        )  # (inputs, outputs), (groups, outputs)
+        weights[module] = _grouped(q, zero, stored["scales"], config["group_size"], dtype)
+    return weights
+
+
+def gptq_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Dequantized weights of a folder in format `gptq`, version 1, as `awq_weights`."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["checkpoint_format"], config["sym"]) == ("gptq", "gptq", True)
+    assert config["desc_act"] is False
+    bits, group_size = config["bits"], config["group_size"]
+    shifts, mask = np.arange(0, 32, bits), (1 << bits) - 1
+    weights = {}
+    for module, stored in _modules(folder, ".qweight"):
+        assert stored.keys() - {"bias"} == {"qweight", "qzeros", "scales", "g_idx"}
+        q, zero = _unpack(stored["qweight"].T, shifts, mask).T, _unpack(stored["qzeros"], shifts, mask) + 1
+        assert (zero == 1 << (bits - 1)).all()
+        assert (stored["g_idx"].numpy() == np.arange(len(q)) // group_size).all()
+        weights[module] = _grouped(q, zero, stored["scales"], group_size, dtype)
+    return weights
+
+
+def _modules(folder: Path, suffix: str):
+    """The tensors of each quantized module, by their last names."""
+    tensors = stored_tensors(folder)
+    for module in sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix)):
+        yield (
+            module,
+            {name.rpartition(".")[2]: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == module},
+        )
+
+
+def _unpack(words: torch.Tensor, shifts: np.ndarray, mask: int) -> np.ndarray:
+    """Each word's codes side by side."""
+    assert words.dtype == torch.int32
+    return (words.numpy().view(np.uint32)[..., None] >> shifts & mask).reshape(len(words), -1).astype(np.int64)
+
+
+def _grouped(
+    q: np.ndarray, zero: np.ndarray, scales: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """(q - zero) * scale by groups of rows, transposed to (outputs, inputs)."""
+    assert scales.shape == zero.shape == (len(q) // group_size, q.shape[1])
+    steps = torch.from_numpy(q - zero.repeat(group_size, 0)).to(dtype)
+    return (steps * scales.to(dtype).repeat_interleave(group_size, 0)).T.contiguous()
 
 
 def compressed_tensors_weights(folder: Path) -> dict[str, torch.Tensor]:

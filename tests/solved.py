@@ -25,6 +25,8 @@ def solved(folder: Path, recipe: Recipe, energies: Energies | None = None) -> It
                     yield tensor.module, quantize(W, tensor.spec, energy=energy, columns=columns, rows=rows)
 
 
-def dequantized(folder: Path, recipe: Recipe, energies: Energies | None = None) -> dict[str, torch.Tensor]:
-    """The same as weights in the source's own type."""
-    return {module: tensor.dequantize() for module, tensor in solved(folder, recipe, energies)}
+def dequantized(
+    folder: Path, recipe: Recipe, energies: Energies | None = None, arithmetic: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The same as weights, in the source's own type unless the reader's `arithmetic` is another."""
+    return {module: tensor.dequantize(arithmetic) for module, tensor in solved(folder, recipe, energies)}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from hqq_core.errors import FormatError
+from hqq_core.formats.awq import AwqWriter
 from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
+from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
+from hqq_core.formats.metal import MetalWriter
+from hqq_core.formats.mlx import MlxWriter
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec
 
@@ -14,6 +18,10 @@ FORMATS: dict[str, CheckpointWriter] = {
     for writer in (
         CompressedTensorsWriter(),
         HqqWriter(),
+        MlxWriter(),
+        AwqWriter(),
+        GptqWriter(),
+        MetalWriter(),
     )
 }
 

@@ -17,6 +17,7 @@ from hqq_core.tensors import QuantizedTensor
 Layout = list[tuple[str, str, tuple[int, ...]]]  # (name, safetensors dtype, shape) of each stored tensor
 
 SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
 
 
 class CheckpointWriter(Protocol):
@@ -30,8 +31,8 @@ class CheckpointWriter(Protocol):
     def check(self, recipe: Recipe) -> QuantSpec:
         """Settings for this recipe; FormatError names what the format or its readers cannot hold, and which could."""
 
-    def check_model(self, roles: set[Role]) -> None:
-        """FormatError where no reader of this format takes a model with such tensors."""
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
+        """FormatError where no reader of this format takes a model with such tensors and such a config.json."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """`spec` with scale and zero as stored beside a source of safetensors type `dtype`."""
@@ -45,8 +46,8 @@ class CheckpointWriter(Protocol):
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Tensors to store for the weight of `module`."""
 
-    def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
-        """The quantization_config of config.json; `copied` are the linear modules left as they were."""
+    def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+        """What config.json gets, by key; `copied` are the linear modules left as they were."""
 
 
 def refuse(writer: CheckpointWriter, field: str, got: object, wanted: str) -> FormatError:
@@ -55,7 +56,12 @@ def refuse(writer: CheckpointWriter, field: str, got: object, wanted: str) -> Fo
 
 
 def refuse_unless_linear(role: Role) -> str | None:
-    """Both formats so far replace nn.Linear and nothing else."""
+    """For a format that replaces nn.Linear and nothing else."""
     if role in (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER):
         return None
     return str(role.value)
+
+
+def refuse_unless_inner_linear(role: Role) -> str | None:
+    """For a format whose readers leave routers and the output head alone."""
+    return None if role in (Role.LINEAR, Role.EXPERT) else str(role.value)

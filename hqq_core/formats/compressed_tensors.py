@@ -1,7 +1,8 @@
-"""Format `compressed-tensors`, pack-quantized: what vLLM, SGLang and transformers load today; integer zero points.
+"""Format `compressed-tensors`, pack-quantized: what vLLM, SGLang and transformers load today; integer zero points, or none.
 
-Layout: compressed-tensors 0.20, compressors/pack_quantized. Codes and zero points are dense bit streams; the zero point is solved
-as an integer (spec.zero "int"), never rounded afterwards.
+Layout: compressed-tensors 0.20, compressors/pack_quantized. Codes and zero points are dense bit streams, also at 3, 5 and 6 bits,
+where compressed-tensors before 0.18 left bits of each word unused. The zero point is solved as an integer (spec.zero "int") or
+fixed (spec.zero "none"), never rounded afterwards.
 """
 
 from __future__ import annotations
@@ -22,31 +23,41 @@ from hqq_core.solver import resolve_group_size
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
+NBITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+# Each loaded by transformers in our tests.
+EXPERT_FAMILIES = (
+    "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
 
 
 class CompressedTensorsWriter:
-    """Writes each weight as weight_packed, weight_scale, weight_zero_point and weight_shape."""
+    """Writes each weight as weight_packed, weight_scale, weight_shape and, unless symmetric, weight_zero_point."""
 
     name = "compressed-tensors"
 
     def check(self, recipe: Recipe) -> QuantSpec:
-        """4 bit, asymmetric, along the inputs: what every runtime that reads the format has a kernel for."""
-        spec = recipe.spec("int")
-        if spec.nbits != 4:
-            raise refuse(self, "nbits", spec.nbits, "4; format 'hqq' holds all")
+        """By group along the inputs; at 8 bit symmetric by default, for which more runtimes have a kernel."""
+        spec = recipe.spec("none" if recipe.nbits == 8 else "int")
+        if spec.nbits not in NBITS:
+            raise refuse(self, "nbits", spec.nbits, f"one of {NBITS}; format 'hqq' holds all")
         if spec.group_size not in GROUP_SIZES:
             raise refuse(self, "group_size", spec.group_size, f"one of {GROUP_SIZES}; format 'hqq' holds more")
         if spec.axis != 1:
             raise refuse(self, "axis", spec.axis, "1; format 'hqq' holds both")
-        if spec.zero != "int":
-            raise refuse(self, "zero", spec.zero, "'int'; format 'hqq' holds a float zero")
+        if spec.zero not in ("int", "none"):
+            raise refuse(self, "zero", spec.zero, "'int' or 'none'; format 'hqq' holds a float zero, 'mlx' an offset")
         return spec
 
-    def check_model(self, roles: set[Role]) -> None:
-        """No mixture of experts: transformers 5.23 fuses the experts of such a folder, and drops or misses their weights."""
-        if Role.EXPERT in roles:
-            raise refuse(self, "format", "mixture of experts", "no experts with zero points; format 'hqq' holds them")
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
+        """Experts as transformers 5.23 finds them: it fuses them without zero points, and where none was left unquantized."""
+        if Role.EXPERT in quantized and spec.zero != "none":
+            raise refuse(self, "zero", spec.zero, "experts with 'none' (symmetric) alone; format 'hqq' holds all")
+        if Role.EXPERT in copied:
+            raise refuse(self, "format", "experts left unquantized", "all experts or no model; format 'hqq' holds some")
+        if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
+            wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
+            raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """Scales in the model's own type, which the kernels insist on."""
@@ -60,33 +71,37 @@ class CompressedTensorsWriter:
         """Names, types and shapes of PackedQuantizationCompressor's parameters."""
         rows, columns = shape
         n_groups = columns // resolve_group_size(shape, spec)
-        return [
+        packed = [
             (f"{module}.weight_packed", "I32", (rows, math.ceil(columns * spec.code_bits / 32))),
             (f"{module}.weight_scale", NAMES[TORCH_DTYPES[spec.scale_dtype]], (rows, n_groups)),
-            (f"{module}.weight_zero_point", "I32", (math.ceil(rows * spec.code_bits / 32), n_groups)),
             (f"{module}.weight_shape", "I64", (2,)),
         ]
+        if spec.zero == "none":
+            return packed
+        return [*packed, (f"{module}.weight_zero_point", "I32", (math.ceil(rows * spec.code_bits / 32), n_groups))]
 
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Codes packed along the inputs, zero points along the outputs."""
         rows, columns = tensor.shape
         nbits = tensor.spec.code_bits
-        zero = tensor.zero.view(rows, -1).to(torch.uint8)
-        return {
+        packed = {
             f"{module}.weight_packed": pack_dense(tensor.W_q.view(rows, columns), nbits),
             f"{module}.weight_scale": tensor.scale.view(rows, -1),
-            f"{module}.weight_zero_point": pack_dense(zero.T.contiguous(), nbits).T.contiguous(),
             f"{module}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
         }
+        if tensor.spec.zero == "none":
+            return packed
+        zero = tensor.zero.view(rows, -1).to(torch.uint8)
+        return packed | {f"{module}.weight_zero_point": pack_dense(zero.T.contiguous(), nbits).T.contiguous()}
 
-    def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+    def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """One scheme for all linear layers; transformers needs "dequantize", others ignore it."""
         weights = {
-            "num_bits": spec.code_bits, "type": "int", "symmetric": False, "strategy": "group",
+            "num_bits": spec.code_bits, "type": "int", "symmetric": spec.zero == "none", "strategy": "group",
             "group_size": spec.group_size, "dynamic": False,
         }  # fmt: skip
         scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        return {
+        settings = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
@@ -94,3 +109,4 @@ class CompressedTensorsWriter:
             "config_groups": {"group_0": scheme},
             "ignore": sorted({"lm_head", *copied}),
         }
+        return {"quantization_config": settings}

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_linear
 from hqq_core.packing import STRIDED_PER_WORD, pack_strided
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import DTYPES, NAMES
 from hqq_core.solver import resolve_group_size
-from hqq_core.spec import QuantSpec, ScaleDtype
+from hqq_core.spec import QuantSpec
 from hqq_core.tensors import QuantizedTensor
 
 _PACKING = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-# The reader casts scale and zero to the model's type. Half precision holds both for a float32 model, at half the bytes.
-_SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
 
 
 class HqqWriter:
@@ -33,18 +31,20 @@ class HqqWriter:
     name = "hqq"
 
     def check(self, recipe: Recipe) -> QuantSpec:
-        """Any bits, axis and zero; hqq wants a group size in multiples of 8."""
+        """Any bits and axis; hqq wants a group size in multiples of 8 and stores zeros."""
         spec = recipe.spec("float")
         if spec.group_size is not None and spec.group_size % 8:
             raise refuse(self, "group_size", spec.group_size, "multiples of 8, or null")
+        if spec.zero == "offset":
+            raise refuse(self, "zero", spec.zero, "'float', 'int' or 'none'; format 'mlx' holds offsets")
         return spec
 
-    def check_model(self, roles: set[Role]) -> None:
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """Any."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scale and zero as the reader will cast them."""
-        return dataclasses.replace(spec, scale_dtype=_SCALE_DTYPES[dtype])
+        """Scale and zero as the reader will cast them; half precision holds both for a float32 model, at half the bytes."""
+        return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Codes are packed across groups, so the rows of the grouped matrix must fill whole bytes."""
@@ -80,19 +80,20 @@ class HqqWriter:
         }
         return {f"{module}.{key}": value for key, value in stored.items()}
 
-    def quantization_config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+    def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """As transformers 4.57 writes it."""
         weights = {
             "nbits": spec.code_bits, "channel_wise": True, "group_size": spec.group_size, "optimize": True,
             "round_zero": spec.nbits == 4, "axis": spec.axis, "view_as_float": False,
         }  # fmt: skip
-        return {
+        settings = {
             "quant_method": "hqq",
             "quant_config": {
                 "weight_quant_params": weights, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False,
             },
             "skip_modules": sorted({"lm_head", *copied}),
         }  # fmt: skip
+        return {"quantization_config": settings}
 
 
 def _grouped_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:

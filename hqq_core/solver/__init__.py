@@ -141,10 +141,11 @@ def quantize(
             raise TensorError(name, f"weights up to {W.abs().max():g} times their factors overflow float32")
         raise TensorError(name, f"{nan} NaN and {infinite} infinite among {W.numel()} weights: wanted finite ones only")
     stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
+    zero = zero if spec.zero == "offset" else zero.to(stored)
     quantized = QuantizedTensor(
         W_q=codes,
         scale=scale.to(stored).view(column),
-        zero=zero.to(stored).view(column),
+        zero=zero.view(column),
         shape=tuple(W.shape),
         dtype=W.dtype,
         spec=spec,
@@ -310,7 +311,7 @@ def _solve_tile(
     errors: tuple[float, float] = _numba.solve_tile(
         _to_words(tile), columns_by.numpy().reshape(energy.shape), rows_by.numpy(), energy, weighted, *contiguous,
         np.array(starts(spec)), trial_iters(spec), spec.iters,
-        {"float": _numba.FLOAT, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
+        {"float": _numba.FLOAT, "offset": _numba.OFFSET, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
         float(spec.max_code), spec.middle,
         _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,

@@ -16,7 +16,7 @@ from numba import njit
 from hqq_core.solver._precision import MAX_STEPS, ROUNDED
 
 f32, f64, i64, u32, u64 = np.float32, np.float64, np.int64, np.uint32, np.uint64
-FLOAT, INT, NONE = 0, 1, 2  # zero modes
+FLOAT, INT, NONE, OFFSET = 0, 1, 2, 3  # zero modes
 LANES = 32
 
 # A block's state: rows of LANES numbers in one float32 and one float64 buffer. One buffer each, so that the compiler sees that
@@ -55,6 +55,15 @@ def _round_scale(scale, floor, low, high, unit, per_unit, stored):
 def _round_zero(zero, max_zero, stored):
     """Clamp and round a float zero."""
     return _round_stored(f32(min(max(zero, -2.0 * max_zero), 2.0 * max_zero)), stored)
+
+
+@_inline
+def _round_real(zero, scale, mode, high, max_zero, unit, per_unit, stored):
+    """Clamp and round a float zero itself, or its offset -zero * scale; arguments as `_round_scale` has them."""
+    if mode == FLOAT:
+        return f64(_round_zero(zero, max_zero, stored))
+    offset = -min(max(zero, -2.0 * max_zero), 2.0 * max_zero) * scale * unit
+    return -f64(_round_stored(f32(min(max(offset, -high), high)), stored)) * per_unit / scale
 
 
 @_jit
@@ -176,7 +185,7 @@ def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
         exponent = max(i64(word >> u32(23)) - 126, smallest)  # so that its inverse and the squares are finite
         D[UNIT + lane] = _power_of_two(exponent)
         D[PER_UNIT + lane] = _power_of_two(-exponent)
-        D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / (max_zero if mode == FLOAT else MAX_STEPS)
+        D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / (max_zero if mode in (FLOAT, OFFSET) else MAX_STEPS)
         F[INVERSE + lane] = factor * f32(D[PER_UNIT + lane])
         F[SUM_Q + lane] *= F[INVERSE + lane]
         F[SUM_QQ + lane] *= F[INVERSE + lane]
@@ -203,8 +212,8 @@ def _minmax(total, F, D, mode, max_code, middle, low, high, max_zero, stored):
         scale = _round_scale(scale, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
         if mode == INT and not constant:
             zero = min(max(np.rint(-small / scale), 0.0), max_code)
-        if mode == FLOAT and not constant:
-            zero = f64(_round_zero(-small / scale, max_zero, stored))
+        if mode in (FLOAT, OFFSET) and not constant:
+            zero = _round_real(-small / scale, scale, mode, high, max_zero, D[UNIT + lane], D[PER_UNIT + lane], stored)
         F[FIRST_SCALE + lane] = F[BEST_SCALE + lane] = f32(scale)
         F[FIRST_ZERO + lane] = F[BEST_ZERO + lane] = f32(zero)
 
@@ -216,7 +225,10 @@ def _clip(F, D, factor, shift, mode, max_code, low, high, max_zero, stored):
         first, mean = f64(F[FIRST_SCALE + lane]), f64(F[MEAN + lane])
         scale = _round_scale(first * factor, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
         zero = f64(F[FIRST_ZERO + lane]) + mean / first - mean / scale + shift
-        rounded = f64(_round_zero(zero, max_zero, stored)) if mode == FLOAT else min(max(np.rint(zero), 0.0), max_code)
+        if mode in (FLOAT, OFFSET):
+            rounded = _round_real(zero, scale, mode, high, max_zero, D[UNIT + lane], D[PER_UNIT + lane], stored)
+        else:
+            rounded = min(max(np.rint(zero), 0.0), max_code)
         F[SCALE + lane] = f32(scale)
         F[ZERO + lane] = F[FIRST_ZERO + lane] if mode == NONE else f32(rounded)
 
@@ -352,7 +364,7 @@ def _move(F, lane, scale, zero, n, sum_q, sum_qq, sum_t):
 
 
 @_jit
-def _fit_float(F, D, n, low, high, max_zero, stored):
+def _fit_float(F, D, n, mode, low, high, max_zero, stored):
     """Least squares in (scale, zero)."""
     for lane in range(LANES):
         sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
@@ -361,8 +373,9 @@ def _fit_float(F, D, n, low, high, max_zero, stored):
         joint = cov / (var if var > 0.0 else 1.0)
         joint = joint if var > 0.0 else f64(F[SCALE + lane])
         joint = _round_scale(joint, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
-        zero = f64(_round_zero((sum_q - sum_t / joint) / n, max_zero, stored))
-        _move(F, lane, joint, zero, n, sum_q, sum_qq, sum_t)
+        zero = (sum_q - sum_t / joint) / n
+        zero = _round_real(zero, joint, mode, high, max_zero, D[UNIT + lane], D[PER_UNIT + lane], stored)
+        _move(F, lane, joint, f64(zero), n, sum_q, sum_qq, sum_t)
 
 
 @_inline
@@ -459,8 +472,8 @@ def _alternate(
         if (active == 0.0 and stop and not squares) or i == iters:
             break
         beta *= kappa
-        if mode == FLOAT:
-            _fit_float(F, D, total, low, high, max_zero, stored)
+        if mode in (FLOAT, OFFSET):
+            _fit_float(F, D, total, mode, low, high, max_zero, stored)
         elif mode == INT:
             _fit_int(F, D, total, max_code, low, high, stored)
         else:
@@ -486,7 +499,7 @@ def solve_tile(
         Weight of each column's squared error, with a maximum of [0.5, 1) in every group; ones where not `weighted`.
     codes : ndarray [shape=(rows, n * group_size)], uint8, out
     scale, zero : ndarray [shape=(rows, n)], float32, out
-        Values that the stored type holds exactly.
+        Values that the stored type holds exactly; in mode OFFSET it holds -zero * scale.
     starts : ndarray [shape=(n_starts, 2)], float64
         Factor of the min-max step and shift of the zero.
 

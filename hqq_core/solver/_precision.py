@@ -16,7 +16,7 @@ class StoredType:
     max_scale, min_scale : float
         Bounds of a stored scale. The lower one keeps six significant bits where the type goes subnormal.
     max_zero : float
-        The scale of a float-zero group is at least max|w| / max_zero, so that its zero is stored to a unit or better. Where
+        The scale of a group with a real zero is at least max|w| / max_zero, so that its zero is stored to a unit or better. Where
         max_scale forbids that, the zero stops at twice this.
     subnormal_below : float
         Smallest normal number where the type's range is narrower than float32's, else 0.

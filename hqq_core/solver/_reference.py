@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hqq_core.solver._precision import MAX_STEPS, ROUNDED, STORED_TYPES
 from hqq_core.solver._starts import starts, trial_iters
-from hqq_core.spec import QuantSpec
+from hqq_core.spec import REAL_ZEROS, QuantSpec
 
 Array = NDArray[np.float64]
 
@@ -113,7 +113,7 @@ def minmax(W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> tuple[Arra
     scale = np.where(constant, np.abs(low), (high - low) / spec.max_code)
     scale = round_scale(scale, W, exponent, spec)
     zero = np.where(constant, (low < 0).astype(float), -low / scale)
-    return scale, round_zero(zero, spec)
+    return scale, round_zero(zero, scale, exponent, spec)
 
 
 def clipped(
@@ -131,7 +131,7 @@ def clipped(
     if spec.zero == "none":
         return smaller, zero
     mean = (H * W).sum(axis=1) / H.sum(axis=1)
-    return smaller, round_zero(zero + mean / scale - mean / smaller + shift, spec)
+    return smaller, round_zero(zero + mean / scale - mean / smaller + shift, smaller, exponent, spec)
 
 
 def encode(W: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
@@ -161,8 +161,8 @@ def least_squares(
         joint = np.where(var > 0, cov / var, scale)
     joint = round_scale(joint, W, exponent, spec)
     zero = sum_q / n - sum_t / n / joint
-    if spec.zero == "float":
-        return joint, round_zero(zero, spec)
+    if spec.zero in REAL_ZEROS:
+        return joint, round_zero(zero, joint, exponent, spec)
     below = np.clip(np.floor(zero), 0, spec.max_code)
     above = np.clip(below + 1, 0, spec.max_code)
     scale_below, _, gain_below = _fixed_zero(sum_q, sum_qq, sum_t, sum_qt, n, below, scale, W, exponent, spec)
@@ -186,18 +186,22 @@ def _fixed_zero(
 def round_scale(scale: Array, W: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> Array:
     """Clamp to what the stored type holds and round to it; `scale` is in normalized units, the type is not."""
     stored = STORED_TYPES[spec.scale_dtype]
-    floor = np.abs(W).max(axis=1) / (stored.max_zero if spec.zero == "float" else MAX_STEPS)
+    floor = np.abs(W).max(axis=1) / (stored.max_zero if spec.zero in REAL_ZEROS else MAX_STEPS)
     absolute = np.ldexp(np.maximum(scale, floor), exponent)
     absolute = np.clip(absolute, stored.min_scale, stored.max_scale)
     return np.ldexp(round_stored(absolute, spec.scale_dtype), -exponent)
 
 
-def round_zero(zero: Array, spec: QuantSpec) -> Array:
-    """Round to a whole code (int) or to the stored type (float)."""
+def round_zero(zero: Array, scale: Array, exponent: NDArray[np.int32], spec: QuantSpec) -> Array:
+    """Round to a whole code (int) or to the stored type, itself (float) or as -zero * scale (offset)."""
     if spec.zero == "int":
         return np.clip(np.rint(zero), 0, spec.max_code)
-    limit = 2 * STORED_TYPES[spec.scale_dtype].max_zero
-    return round_stored(np.clip(zero, -limit, limit), spec.scale_dtype)
+    stored = STORED_TYPES[spec.scale_dtype]
+    zero = np.clip(zero, -2 * stored.max_zero, 2 * stored.max_zero)
+    if spec.zero == "float":
+        return round_stored(zero, spec.scale_dtype)
+    offset = np.clip(np.ldexp(-zero * scale, exponent), -stored.max_scale, stored.max_scale)
+    return round_stored(np.ldexp(-round_stored(offset, spec.scale_dtype), -exponent) / scale, "float32")
 
 
 def round_stored(x: Array, dtype: str) -> Array:

@@ -6,8 +6,8 @@ from hqq_core.spec import QuantSpec
 
 SMALLEST = 0.6  # of the min-max step; below it only 2 bit groups gain
 SHIFTS = (0.0, 1.0, -1.0)  # of the zero, in turn
-# Of such a shift, in codes. A float zero's grid repeats after one code, so that half a code is farthest off.
-STEP = {"float": 0.5, "int": 1.0, "none": 0.0}
+# Of such a shift, in codes. A real zero's grid repeats after one code, so that half a code is farthest off.
+STEP = {"float": 0.5, "offset": 0.5, "int": 1.0, "none": 0.0}
 
 
 def starts(spec: QuantSpec) -> list[tuple[float, float]]:

@@ -123,9 +123,16 @@ def _round_scale(
 
 
 @triton.jit
-def _round_zero(zero, MAX_ZERO: tl.constexpr, DROP: tl.constexpr, SUB: tl.constexpr):
+def _round_zero(
+    zero, scale, unit, per_unit,
+    ZERO: tl.constexpr, HIGH: tl.constexpr, MAX_ZERO: tl.constexpr, DROP: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """Clamp and round a float zero itself, or its offset -zero * scale; arguments as `_round_scale` has them."""
     limited = tl.minimum(tl.maximum(zero, -2.0 * MAX_ZERO), 2.0 * MAX_ZERO)
-    return _round_stored(limited.to(tl.float32), DROP, SUB).to(tl.float64)
+    if ZERO == "float":
+        return _round_stored(limited.to(tl.float32), DROP, SUB).to(tl.float64)
+    offset = tl.minimum(tl.maximum(-limited * scale * unit, -HIGH), HIGH)
+    return -_round_stored(offset.to(tl.float32), DROP, SUB).to(tl.float64) * per_unit / scale
 
 
 @triton.jit
@@ -194,7 +201,7 @@ def _solve_tiles(
         small = _min(tl.where(present, X, float("inf")))
         large = _max(tl.where(present, X, float("-inf")))
     small, large = small.to(tl.float64), large.to(tl.float64)
-    floor = largest.to(tl.float64) * per_unit * (1.0 / (MAX_ZERO if ZERO == "float" else MAX_STEPS))
+    floor = largest.to(tl.float64) * per_unit * (1.0 / (MAX_ZERO if ZERO == "float" or ZERO == "offset" else MAX_STEPS))
     constant = small == large
     if ZERO == "none":
         start = tl.maximum(-small / MIDDLE, large / max(MAX_CODE - MIDDLE, 0.5))
@@ -211,7 +218,7 @@ def _solve_tiles(
         if ZERO == "int":
             middle = tl.minimum(tl.maximum(_rint64(-bottom / start), 0.0), MAX_CODE)
         else:
-            middle = _round_zero(-bottom / start, MAX_ZERO, DROP, SUB)
+            middle = _round_zero(-bottom / start, start, unit, per_unit, ZERO, HIGH, MAX_ZERO, DROP, SUB)
         zero = tl.where(constant, tl.where(small < 0.0, 1.0, 0.0), middle).to(tl.float32)
 
     first_scale, first_zero = scale.to(tl.float64), zero.to(tl.float64)
@@ -232,7 +239,8 @@ def _solve_tiles(
                 if ZERO == "int":
                     zero = tl.minimum(tl.maximum(_rint64(moved), 0.0), MAX_CODE).to(tl.float32)
                 else:
-                    zero = _round_zero(moved, MAX_ZERO, DROP, SUB).to(tl.float32)
+                    moved = _round_zero(moved, smaller, unit, per_unit, ZERO, HIGH, MAX_ZERO, DROP, SUB)
+                    zero = moved.to(tl.float32)
         else:
             limit = iters
             scale, zero = kept_scale, kept_zero
@@ -282,8 +290,9 @@ def _solve_tiles(
                 joint = tl.where(var > 0.0, cov / tl.where(var > 0.0, var, 1.0), last)
                 joint = _round_scale(joint, floor, unit, per_unit, LOW, HIGH, DROP, SUB)
                 middle = (sum_q - sum_t / joint) / n
-                if ZERO == "float":
-                    scale, zero = joint.to(tl.float32), _round_zero(middle, MAX_ZERO, DROP, SUB).to(tl.float32)
+                if ZERO == "float" or ZERO == "offset":
+                    middle = _round_zero(middle, joint, unit, per_unit, ZERO, HIGH, MAX_ZERO, DROP, SUB)
+                    scale, zero = joint.to(tl.float32), middle.to(tl.float32)
                 else:
                     below = tl.minimum(tl.maximum(tl.floor(middle), 0.0), MAX_CODE)
                     above = tl.minimum(below + 1.0, MAX_CODE)

@@ -14,7 +14,7 @@ from hqq_core.safetensors_file import sha256_file
 from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.oracles import stored_tensors
 
-FORMATS = ["hqq", "compressed-tensors"]
+FORMATS = ["hqq", "compressed-tensors", "mlx", "awq", "gptq", "metal"]
 
 
 @pytest.mark.parametrize("name", FORMATS)

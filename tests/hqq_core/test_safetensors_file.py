@@ -124,6 +124,13 @@ def test_writes_what_the_library_reads_in_any_order(tmp_path):
     assert os.listdir(tmp_path) == ["out.safetensors"]
 
 
+def test_a_single_number_may_have_any_stride(tmp_path):
+    writer = SafetensorsWriter(tmp_path / "out.safetensors", [("a", "I32", (1, 1))])
+    writer.write("a", torch.tensor([[7, 8, 9]], dtype=torch.int32).T[:1].reshape(1, 1).as_strided((1, 1), (1, 3)))
+    writer.close()
+    assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [[7]]
+
+
 def test_every_tensor_is_aligned_to_its_type():
     from hqq_core.safetensors_file import build_header
 

@@ -76,7 +76,7 @@ def test_codes_part_from_the_cpu_only_at_ties(zero, nbits):
     step = torch.rand(64, 1, generator=generator, dtype=torch.float64) * 0.02 + 0.01
     halves = torch.randint(0, 2 * spec.max_code + 1, (64, 64), generator=generator)
     halves[:, 0], halves[:, 1] = 0, 2 * spec.max_code  # so that min-max finds the step
-    offset = {"float": 0.37, "int": float(spec.max_code // 2), "none": spec.middle}[zero]
+    offset = {"float": 0.37, "offset": 0.37, "int": float(spec.max_code // 2), "none": spec.middle}[zero]
     W = (step * (halves / 2 - offset)).float()
     cpu, gpu = quantize(W, spec), solve(W, spec)
     assert torch.equal(cpu.scale[:, 0], gpu.scale)

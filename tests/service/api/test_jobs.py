@@ -99,7 +99,7 @@ def test_bits_are_whole_or_ternary(submit, nbits, shown):
         ({"recipe": {"energy": "solar"}}, "literal_error", "/recipe/energy"),
         ({"recipe": {"iters": 10}}, "extra_forbidden", "/recipe/iters"),
         ({"recipe": {"group_size": -1}}, "invalid_setting", "/recipe/group_size"),
-        ({"recipe": {"nbits": 3, "format": "compressed-tensors"}}, "format_cannot_hold", "/recipe/nbits"),
+        ({"recipe": {"nbits": 1, "format": "compressed-tensors"}}, "format_cannot_hold", "/recipe/nbits"),
         ({"recipe": {"format": "gguf"}}, "format_cannot_hold", "/recipe/format"),
         ({"recipe": {"skip_modules": [""]}}, "string_too_short", "/recipe/skip_modules/0"),
         ({"labels": {"a b": "x"}}, "string_pattern_mismatch", "/labels/a b/[key]"),

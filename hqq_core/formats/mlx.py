@@ -1,0 +1,96 @@
+"""Format `mlx`: what MLX reads on Apple machines (mlx-lm, LM Studio); exact, with float offsets.
+
+Layout: mlx 0.32, affine mode. Codes are a dense bit stream; w = q * scale + bias, where the bias is a stored offset -zero * scale
+that the solver rounds before it chooses codes (spec.zero "offset").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from hqq_core.architectures import Role
+from hqq_core.formats.base import SCALE_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.packing import pack_dense
+from hqq_core.recipe import Recipe
+from hqq_core.safetensors_file import NAMES
+from hqq_core.solver import resolve_group_size
+from hqq_core.spec import QuantSpec
+from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
+
+NBITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+PARTS = ("weight", "scales", "biases")
+EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen2_moe")  # each loaded by mlx-lm in our tests
+
+
+class MlxWriter:
+    """Writes each weight as weight, scales and biases."""
+
+    name = "mlx"
+
+    def check(self, recipe: Recipe) -> QuantSpec:
+        """What mlx has kernels for on every device."""
+        spec = recipe.spec("offset")
+        if spec.nbits not in NBITS:
+            raise refuse(self, "nbits", spec.nbits, f"one of {NBITS}; format 'hqq' holds more")
+        if spec.group_size not in GROUP_SIZES:
+            raise refuse(self, "group_size", spec.group_size, f"one of {GROUP_SIZES}; format 'hqq' holds more")
+        if spec.axis != 1:
+            raise refuse(self, "axis", spec.axis, "1; format 'hqq' holds both")
+        if spec.zero != "offset":
+            raise refuse(self, "zero", spec.zero, "'offset'; format 'hqq' holds the others")
+        return spec
+
+    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
+        """mlx-lm 0.32 stacks the experts of every family, but of some without their scales."""
+        if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
+            wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
+            raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
+
+    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+        """Scales and biases in the model's own type: a wider one would widen all that is computed with them."""
+        return dataclasses.replace(spec, scale_dtype=SCALE_DTYPES[dtype])
+
+    def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
+        """Linear layers, and embeddings where they are asked for."""
+        return None if role is Role.EMBEDDING else refuse_unless_linear(role)
+
+    def layout(self, module: str, shape: tuple[int, ...], dtype: str, spec: QuantSpec) -> Layout:
+        """Names, types and shapes of nn.QuantizedLinear's parameters."""
+        return affine_layout(module, PARTS, shape, spec)
+
+    def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """Codes packed along the inputs."""
+        return affine(module, PARTS, tensor)
+
+    def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
+        """As mlx-lm writes it, twice; modules without scales are left as they are."""
+        settings = {"group_size": spec.group_size, "bits": spec.code_bits, "mode": "affine"}
+        return {"quantization": settings, "quantization_config": settings}
+
+
+def affine_layout(module: str, parts: Iterable[str], shape: tuple[int, ...], spec: QuantSpec) -> Layout:
+    """Names, types and shapes of `affine`'s tensors."""
+    rows, columns = shape
+    weight, scales, offsets = parts
+    stored, n_groups = NAMES[TORCH_DTYPES[spec.scale_dtype]], columns // resolve_group_size(shape, spec)
+    return [
+        (f"{module}.{weight}", "U32", (rows, columns * spec.code_bits // 32)),
+        (f"{module}.{scales}", stored, (rows, n_groups)),
+        (f"{module}.{offsets}", stored, (rows, n_groups)),
+    ]
+
+
+def affine(module: str, parts: Iterable[str], tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """Codes as a dense bit stream along the inputs, scales and offsets."""
+    rows, columns = tensor.shape
+    weight, scales, offsets = parts
+    return {
+        f"{module}.{weight}": pack_dense(tensor.W_q.view(rows, columns), tensor.spec.code_bits).view(torch.uint32),
+        f"{module}.{scales}": tensor.scale.view(rows, -1),
+        f"{module}.{offsets}": tensor.offset.view(rows, -1),
+    }
