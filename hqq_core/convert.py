@@ -204,6 +204,7 @@ def _write_quantized(
         energy=energy,
         columns=columns,
         rows=rows,
+        correlation=weighting.correlation(tensor.name),
         name=tensor.name,
         threads=threads,
         progress=lambda numel: done.add(numel * W.itemsize),

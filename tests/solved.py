@@ -22,7 +22,11 @@ def solved(folder: Path, recipe: Recipe, energies: Energies | None = None) -> It
                 if tensor.spec:
                     energy, columns, rows = weighting.of_tensor(tensor.name)
                     W = reader.read(tensor.name)
-                    yield tensor.module, quantize(W, tensor.spec, energy=energy, columns=columns, rows=rows)
+                    C = weighting.correlation(tensor.name)
+                    yield (
+                        tensor.module,
+                        quantize(W, tensor.spec, energy=energy, columns=columns, rows=rows, correlation=C),
+                    )
 
 
 def dequantized(

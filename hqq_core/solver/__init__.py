@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 # Weights of a tile: small weights share the cores all the same, and what each call costs does not show in large ones.
 MIN_TILE_NUMEL, MAX_TILE_NUMEL, N_TILES = 1 << 16, 1 << 19, 64
 MIN_ROWS = 32  # the lanes of a kernel's block, which share a column of energies
+REFINED_ROWS = 32  # that share a read of the correlations
 SOLVABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -80,6 +82,7 @@ def quantize(
     energy: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    correlation: torch.Tensor | None = None,
     name: str = "W",
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -98,12 +101,15 @@ def quantize(
     columns, rows : Tensor [shape=(in_features,) and (out_features,)], float32, optional
         Positive factors: what is solved, along axis 1, is W times both, in float32, for a model that divides by them elsewhere.
         `energy` is that of the columns as they are solved.
+    correlation : Tensor [shape=(in_features, in_features)], int8, optional
+        Correlations of the input columns times 127, symmetric; the diagonal is not read, but taken as 1. What was solved is then
+        refined by a share of them: see `solver/_refine.py`. For a matrix with energies, axis 1 and lp_norm 2.
     name : str
         What errors call the tensor.
     threads : int, optional
         Solver threads; default: one per core. The answer does not depend on it.
     progress : callable, optional
-        Gets the number of weights of each finished tile; what it raises stops the work.
+        Gets the number of weights of each finished tile, and 0 for each refined one; what it raises stops the work.
     device : torch.device or str
         Where the solve runs: "cpu", or a CUDA device, to which W is streamed; the result is on the CPU.
 
@@ -117,7 +123,7 @@ def quantize(
         The group size does not divide the shape.
     TensorError
         NaN or infinite weights, counted; weights that overflow their dtype when rounded; a dtype that is not solved; energies
-        that do not fit, or are none.
+        that do not fit, or are none; correlations that do not fit, or cannot be used.
 
     Examples
     --------
@@ -129,6 +135,8 @@ def quantize(
     group_size = resolve_group_size(tuple(W.shape), spec)
     weights = None if energy is None else _group_energy(energy, W, group_size, spec.axis, name)
     factors = None if columns is None and rows is None else _Factors.of(columns, rows, W, spec.axis, name)
+    if correlation is not None:
+        _check_correlation(correlation, W, spec, energy, name)
     on = torch.device(device)
     if on.type == "cpu":
         solved = _solve_on_cpu(W, spec, weights, factors, group_size, threads, progress)
@@ -153,7 +161,15 @@ def quantize(
         squared_norm=squared_norm,
     )
     limit = torch.finfo(W.dtype).max
-    if squared_norm > (limit / 4) ** 2 and not quantized.dequantize().isfinite().all():  # only then may one overflow
+    large = squared_norm > (limit / 4) ** 2  # only then may a weight overflow
+    # Where it may, no weight is moved further.
+    if (
+        correlation is not None
+        and energy is not None
+        and not (large and quantized.dequantize().abs().max() > limit / 4)
+    ):
+        return _refined(quantized, W, energy, factors, correlation, threads, progress)
+    if large and not quantized.dequantize().isfinite().all():
         raise TensorError(
             name, f"weights up to {W.abs().max():g} leave {W.dtype} (up to {limit:g}) no room for rounding"
         )
@@ -215,6 +231,60 @@ def _solve_on_gpu(
     energy = None if weights is None else torch.from_numpy(weights)
     solved = _triton.solve_streamed(matrix, spec, device, energy, factors, progress=progress)
     return solved.codes, solved.scale, solved.zero, *solved.sums()
+
+
+def _check_correlation(
+    correlation: torch.Tensor, W: torch.Tensor, spec: QuantSpec, energy: torch.Tensor | None, name: str
+) -> None:
+    """A TensorError where correlations do not fit W, or are of no use to what is solved."""
+    if W.ndim != 2 or spec.axis != 1:
+        raise TensorError(
+            name, f"correlation for weights of shape {tuple(W.shape)}, axis {spec.axis}: wanted a matrix, axis 1"
+        )
+    if spec.lp_norm != 2:
+        raise TensorError(name, f"correlation with lp_norm {spec.lp_norm:g}: wanted 2, whose objective it is part of")
+    if energy is None:
+        raise TensorError(name, "correlation without energy: wanted both")
+    n = W.shape[1]
+    if tuple(correlation.shape) != (n, n) or correlation.dtype != torch.int8:
+        raise TensorError(
+            name, f"correlation of shape {tuple(correlation.shape)}, {correlation.dtype}: wanted {(n, n)}, torch.int8"
+        )
+
+
+def _refined(
+    solved: QuantizedTensor,
+    W: torch.Tensor,
+    energy: torch.Tensor,
+    factors: _Factors | None,
+    correlation: torch.Tensor,
+    threads: int | None,
+    progress: Callable[[int], None] | None,
+) -> QuantizedTensor:
+    """What was solved, refined by blocks of rows on a few threads; its codes are overwritten."""
+    H = energy.detach().double().numpy()
+    mean = H.mean()
+    if not mean > 0:
+        return solved
+    n_rows, n_columns = W.shape
+    roots, C = np.sqrt(H / mean).astype(np.float32), correlation.detach().contiguous().numpy()
+    columns_by, rows_by = factors or _Factors(torch.ones(n_columns), torch.ones(n_rows))
+    codes = solved.W_q.numpy().reshape(n_rows, n_columns)
+    scale, zero = (stored.float().clone().numpy().reshape(n_rows, -1) for stored in (solved.scale, solved.zero))
+
+    def refine(at: Tile) -> tuple[float, float]:
+        outputs = codes[at.rows], scale[at.rows], zero[at.rows]
+        return _refine_tile(W[at.rows], columns_by, rows_by[at.rows], roots, C, solved.spec, *outputs), 0.0
+
+    first = range(0, n_rows, REFINED_ROWS)
+    tiles = [Tile(slice(row, min(row + REFINED_ROWS, n_rows)), slice(0, n_columns)) for row in first]
+    errors = _run(refine, tiles, threads, (lambda _: progress(0)) if progress else None)  # all were counted when solved
+    return dataclasses.replace(
+        solved,
+        scale=torch.from_numpy(scale).view(-1, 1).to(solved.scale.dtype),
+        zero=torch.from_numpy(zero).view(-1, 1).to(solved.zero.dtype),
+        squared_error=math.fsum(error for error, _ in errors),
+    )
 
 
 def resolve_group_size(shape: tuple[int, ...], spec: QuantSpec) -> int:
@@ -311,7 +381,7 @@ def _solve_tile(
     errors: tuple[float, float] = _numba.solve_tile(
         _to_words(tile), columns_by.numpy().reshape(energy.shape), rows_by.numpy(), energy, weighted, *contiguous,
         np.array(starts(spec)), trial_iters(spec), spec.iters,
-        {"float": _numba.FLOAT, "offset": _numba.OFFSET, "int": _numba.INT, "none": _numba.NONE}[spec.zero],
+        _numba.MODES[spec.zero],
         float(spec.max_code), spec.middle,
         _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,
@@ -321,3 +391,21 @@ def _solve_tile(
         if solved is not out:
             out[:] = solved
     return errors
+
+
+def _refine_tile(
+    tile: torch.Tensor, columns_by: torch.Tensor, rows_by: torch.Tensor, roots: NDArray[np.float32],
+    correlation: NDArray[np.int8], spec: QuantSpec, *outputs: NDArray[Any],
+) -> float:  # fmt: skip
+    """Refine codes, scale and zero of a block of rows in place; their squared error."""
+    from hqq_core.solver import _numba, _refine  # here, so that importing the library compiles nothing
+
+    stored, errors = STORED_TYPES[spec.scale_dtype], np.empty(len(tile))
+    _refine.refine_rows(
+        _to_words(tile), columns_by.numpy(), rows_by.numpy(), roots, correlation, *outputs, errors,
+        tile.shape[1] // outputs[1].shape[1],
+        _numba.MODES[spec.zero], float(spec.max_code),
+        _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
+        stored.min_scale, stored.max_scale, stored.max_zero,
+    )  # fmt: skip
+    return math.fsum(errors)

@@ -16,7 +16,8 @@ from numba import njit
 from hqq_core.solver._precision import MAX_STEPS, ROUNDED
 
 f32, f64, i64, u32, u64 = np.float32, np.float64, np.int64, np.uint32, np.uint64
-FLOAT, INT, NONE, OFFSET = 0, 1, 2, 3  # zero modes
+FLOAT, INT, NONE, OFFSET = 0, 1, 2, 3
+MODES = {"float": FLOAT, "int": INT, "none": NONE, "offset": OFFSET}
 LANES = 32
 
 # A block's state: rows of LANES numbers in one float32 and one float64 buffer. One buffer each, so that the compiler sees that
