@@ -115,6 +115,13 @@ class TestMlx(WriterContract):
         quantize_checkpoint(tmp_path / "m", tmp_path / "out", recipe)
         self.compare(tmp_path)
 
+    def test_a_tied_output_head_is_the_quantized_embedding(self, tmp_path):
+        build("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+        recipe = Recipe(format="mlx", group_size=32, include_modules=["embed_tokens"])
+        quantize_checkpoint(tmp_path / "m", tmp_path / "out", recipe)
+        assert "model.embed_tokens" in mlx_weights(tmp_path / "out")
+        self.compare(tmp_path)
+
     @pytest.mark.parametrize("family", ["mistral", "qwen3", "phi3", "mixtral", "olmoe", "qwen2_moe"])
     def test_mlx_lm_loads_other_families(self, tmp_path, family):
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} if family == "qwen2_moe" else {}

@@ -107,7 +107,7 @@ def test_options_reach_the_recipe(tmp_path: Path, halfquad: Run) -> None:
         (["--nbits", "7"], "nbits"),
         (["--group-size", "48"], "group_size 48"),
         (["--group-size", "some"], "--group-size"),
-        (["--format", "gptq"], "gptq"),
+        (["--format", "typo"], "typo"),
         (["--preset", "slow"], "preset"),
         (["--energy", "solar"], "energy"),
         (["--colour", "red"], "--colour"),
