@@ -128,8 +128,9 @@ def test_stored_values_are_exact_and_in_bounds(spec, seed):
         assert torch.equal(q.zero, plain.zero)
     # Exact: the error of the stored values is that of the ones in the solver.
     residual = W.double() - q.dequantize(torch.float64)
-    within = 1e-6 if spec.zero == "offset" else 1e-9  # such a zero is a quotient in float32
-    assert q.squared_error == pytest.approx(residual.square().sum().item(), rel=within, abs=1e-30)
+    # A zero behind an offset is a quotient in float32.
+    rel, noise = (1e-6, 1e-12 * q.squared_norm) if spec.zero == "offset" else (1e-9, 1e-30)
+    assert q.squared_error == pytest.approx(residual.square().sum().item(), rel=rel, abs=noise)
     assert q.squared_norm == plain.squared_norm
 
 
@@ -167,18 +168,20 @@ def test_scaling_by_a_power_of_two_scales_the_answer(exponent):
     assert torch.equal(one.scale * 2.0**exponent, other.scale)
 
 
+HARD = {
+    "zeros": [0.0] * 16, "constant": [1.5] * 16, "negative": [-1.5] * 16, "outlier": [0.0] * 15 + [1e4],
+    "subnormal": [1e-40] * 16, "subnormals": [1e-40, -3e-41] * 8, "huge": [1e30, -1e30] * 8, "tiny": [1e-20, 2e-20] * 8,
+    "offset": [1000.0, 1000.5] * 8, "top": [3.0e38] * 16, "speck": [0.0] * 15 + [1e-30],
+    "far": [1e-30, -2e-30] * 4 + [1e30, 2e30] * 4,
+}  # fmt: skip
+# An offset has no room to be rounded at the top of its type: such weights are refused before anything is refined.
+CASES = [(name, zero) for name in HARD for zero in ZERO_MODES if (name, zero) != ("top", "offset")]
+
+
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-@pytest.mark.parametrize("zero", ZERO_MODES)
-@pytest.mark.parametrize(
-    "group",
-    [
-        [0.0] * 16, [1.5] * 16, [-1.5] * 16, [0.0] * 15 + [1e4], [1e-40] * 16, [1e-40, -3e-41] * 8, [1e30, -1e30] * 8,
-        [1e-20, 2e-20] * 8, [1000.0, 1000.5] * 8, [3.0e38] * 16, [0.0] * 15 + [1e-30], [1e-30, -2e-30] * 4 + [1e30, 2e30] * 4,
-    ],
-    ids=["zeros", "constant", "negative", "outlier", "subnormal", "subnormals", "huge", "tiny", "offset", "top", "speck", "far"],
-)  # fmt: skip
-def test_hard_groups_stay_finite_and_get_no_worse(group, zero, scale_dtype):
-    W, C = torch.tensor([group], dtype=torch.float32), correlations(16, rank=1, noise=0.0)
+@pytest.mark.parametrize(("name", "zero"), CASES)
+def test_hard_groups_stay_finite_and_get_no_worse(name, zero, scale_dtype):
+    W, C = torch.tensor([HARD[name]], dtype=torch.float32), correlations(16, rank=1, noise=0.0)
     for nbits in NBITS:
         for group_size in (None, 8):
             for energy in (torch.ones(16), torch.tensor([1e30] + [0.0] * 14 + [1e-30]), energies(16)):

@@ -285,8 +285,8 @@ def test_any_size_of_tiles_gives_the_same_answer(weighted, axis, group_size, mon
     W, energy = gaussian(96, 480).bfloat16(), energies(480) if weighted else None
     answers = []
     for size in (1, 5000, 1 << 18):
-        monkeypatch.setattr("hqq_core.solver.MIN_TILE_NUMEL", size)
-        monkeypatch.setattr("hqq_core.solver.MAX_TILE_NUMEL", size)
+        monkeypatch.setattr("hqq_core.solver._cpu.MIN_TILE_NUMEL", size)
+        monkeypatch.setattr("hqq_core.solver._cpu.MAX_TILE_NUMEL", size)
         answers.append(quantize(W, QuantSpec(axis=axis, group_size=group_size), energy=energy))
     for other in answers[1:]:
         assert torch.equal(answers[0].W_q, other.W_q)
