@@ -129,8 +129,10 @@ def test_stored_values_are_exact_and_in_bounds(spec, seed):
     # Exact: the error of the stored values is that of the ones in the solver.
     residual = W.double() - q.dequantize(torch.float64)
     # A zero behind an offset is a quotient in float32.
-    rel, noise = (1e-6, 1e-12 * q.squared_norm) if spec.zero == "offset" else (1e-9, 1e-30)
-    assert q.squared_error == pytest.approx(residual.square().sum().item(), rel=rel, abs=noise)
+    wanted = residual.square().sum().item()
+    rounded = 2**-23 * q.squared_norm**0.5 if spec.zero == "offset" else 0.0
+    noise = rounded * (2 * wanted**0.5 + rounded)
+    assert q.squared_error == pytest.approx(wanted, rel=1e-9, abs=noise + 1e-30)
     assert q.squared_norm == plain.squared_norm
 
 
