@@ -151,7 +151,9 @@ class Plan:
             if tensor.spec is None:
                 return dataclasses.replace(tensor, folded=own)
             source = energies.source(tensor.name)
-            return dataclasses.replace(tensor, folded=own, energy=source, correlated=tensor.name in correlated)
+            return dataclasses.replace(
+                tensor, folded=own, energy=source, correlated=source == "synthetic" and tensor.name in correlated
+            )
 
         shards = (dataclasses.replace(shard, tensors=tuple(map(profiled, shard.tensors))) for shard in self.shards)
         return dataclasses.replace(self, shards=tuple(shards), energy_note=energies.note)

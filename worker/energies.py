@@ -27,6 +27,7 @@ def obtain(
     mode, correlated = plan.recipe.energy, plan.recipe.correlated
     kind = f"{mode}, correlated" if correlated else mode
     before = _state(checkpoint)
+    discard_temporaries(path)
     source = _stoppable(lambda: fingerprint(checkpoint, progress=heartbeat.progress), heartbeat)
     if (found := cache.fetch(source, kind, path)) is not None:
         return found, True
@@ -34,7 +35,6 @@ def obtain(
     def progress(nbytes: int) -> None:
         heartbeat.progress(plan.nbytes_in + nbytes)
 
-    discard_temporaries(path)
     beside = temporary_path(path) if correlated else None
     energies = _stoppable(lambda: profile(checkpoint, mode, correlations=beside, progress=progress), heartbeat)
     try:

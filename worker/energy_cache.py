@@ -70,9 +70,10 @@ class EnergyCache:
                 found.append((path.stat(), path))
         nbytes = 0
         for status, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns, reverse=True):
-            nbytes += status.st_size
-            if nbytes > self.limit_nbytes:
+            if nbytes + status.st_size > self.limit_nbytes:
                 path.unlink(missing_ok=True)
+            else:
+                nbytes += status.st_size
 
 
 def _version(package: str) -> str | None:

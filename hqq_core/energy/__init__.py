@@ -67,8 +67,13 @@ def profile(
     if mode == "none":
         return Energies({}, {})
     progress = _bounded(checkpoint, progress) if progress else None
-    energies = _energies(checkpoint, mode, correlations, progress)
-    return dataclasses.replace(energies, folds=fold(checkpoint, progress=progress))
+    try:
+        energies = _energies(checkpoint, mode, correlations, progress)
+        return dataclasses.replace(energies, folds=fold(checkpoint, progress=progress))
+    except BaseException:
+        if correlations:
+            correlations.unlink(missing_ok=True)
+        raise
 
 
 def _energies(

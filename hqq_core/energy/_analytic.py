@@ -58,7 +58,11 @@ def analytic(checkpoint: Checkpoint, *, known: Collection[str] = (), progress: P
                 note = note or f"no analytic energies for {targets[0]}: {short(error)}"
                 stream.lose()
                 continue
-            fitting = [name for name in names if weights.fits(vector, name)] if vector.isfinite().all() else []
+            if not vector.isfinite().all():
+                note = note or f"no analytic energies for {targets[0]}: they are not finite"
+                stream.lose()
+                continue
+            fitting = [name for name in names if weights.fits(vector, name)]
             vectors |= {name: weights.shaped(vector, name) for name in fitting}
             if stream.known and (feed.value or feed.up):
                 stream.join(targets[0], vector)
@@ -70,7 +74,7 @@ def _in_order(rules: tuple[Feed, ...], weights: Weights) -> list[tuple[Feed, Pla
 
     def number(place: Place) -> float:
         last = place.layer.rstrip(".").rpartition(".")[2]
-        return int(last) if last.isdigit() else math.inf
+        return int(last) if last.isdecimal() else math.inf
 
     found = [(feed, place, names) for feed in rules for place, names in places(feed, weights.names)]
     return sorted(found, key=lambda item: number(item[1]))
@@ -98,8 +102,8 @@ def _repeat_heads(h: torch.Tensor, feed: Feed, place: Place, weights: Weights) -
     """Values are shared by groups of query heads: repeat each head's to the width of the output projection."""
     name = f"{place.find(feed.targets[0], weights.names)}.weight"
     times, rest = divmod(weights.in_features(name), len(h))
-    n_value = text_config(weights.config).get("num_key_value_heads") or 1
-    if rest or (times > 1 and len(h) % n_value):
+    n_value = text_config(weights.config).get("num_key_value_heads") or 0
+    if rest or (times > 1 and (not n_value or len(h) % n_value)):
         raise ValueError(f"{len(h)} values of {n_value} heads feed {weights.in_features(name)} inputs")
     return h.view(n_value, -1).repeat_interleave(times, 0).flatten() if times > 1 else h
 

@@ -14,7 +14,7 @@ from hqq_core.energy._threads import Multiply
 from hqq_core.safetensors_file import read_exactly, room
 
 ONE = 127  # what a correlation of 1 is stored as
-MAX_FEATURES = 1 << 14  # a gigabyte of float32 while it is measured
+MAX_FEATURES = 1 << 14  # two gigabytes of float32 while it is measured
 MIN_TOKENS = 512  # fewer say more of themselves than of the model
 
 
@@ -77,7 +77,8 @@ class CorrelationFile:
         self._last, self._place = x, (self._nbytes, n)
         x = x / x.square().sum(0).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
         moments = self._product(lambda rows: rows @ x, x.T.contiguous())
-        correlation = (moments * ONE).round_().clamp_(-ONE, ONE).to(torch.int8)
+        correlation = moments.mul_(ONE).round_().clamp_(-ONE, ONE).to(torch.int8)
+        correlation = correlation.triu() + correlation.triu(1).T  # sums of two orders may round to two sides
         with room(self._path):
             self._file.write(correlation.numpy().data)
         self._places |= dict.fromkeys(names, self._place)

@@ -98,14 +98,15 @@ class Energies:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 entries: dict[str, list[str]] = json.loads(metadata["energies"])
-                wanted = entries.keys() if names is None else entries.keys() & set(names)
+                only = None if names is None else set(names)
+                wanted = entries.keys() if only is None else entries.keys() & only
                 found = metadata["fingerprint"]
                 if fingerprint is not None and found != fingerprint:
                     raise EnergyError(f"{path.name}: energies of {found[:12]}: wanted {fingerprint[:12]}")
                 homes = {home: file.get_tensor(_key("energy", home)) for home in {entries[name][0] for name in wanted}}
-                folds = tuple(_fold(fold, file, names) for fold in json.loads(metadata["folds"]))
+                folds = tuple(_fold(fold, file, only) for fold in json.loads(metadata["folds"]))
                 listed: dict[str, str] = json.loads(metadata["correlations"])
-                shared = {name: home for name, home in listed.items() if names is None or name in set(names)}
+                shared = {name: home for name, home in listed.items() if only is None or name in only}
                 note = metadata["note"]
                 correlations = _correlations(path, shared) if shared else None
                 if not {entries[name][1] for name in wanted} <= SOURCES:
@@ -137,9 +138,8 @@ def _key(part: str, name: str) -> str:
     return f"{part} {name}"
 
 
-def _fold(listed: dict[str, list[str]], file: Any, names: Iterable[str] | None) -> Fold:
+def _fold(listed: dict[str, list[str]], file: Any, wanted: set[str] | None) -> Fold:
     """A fold, or what it does to some tensors."""
-    wanted = None if names is None else set(names)
     parts = (
         {name: file.get_tensor(_key(part, name)) for name in listed[part] if wanted is None or name in wanted}
         for part in PARTS

@@ -15,6 +15,8 @@ _ACTIVATIONS = {
     "gpt_neox": "gelu", "opt": "relu", "bert": "gelu", "whisper": "gelu",
 }  # fmt: skip
 
+ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function")
+
 Pick = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
@@ -80,9 +82,9 @@ def feeds(config: dict[str, Any]) -> tuple[Feed, ...]:
 def activation(config: dict[str, Any]) -> str:
     """Name of the activation between the two halves of a feed-forward block; the family's own where config.json has none."""
     text = text_config(config)
-    names = ("hidden_activation", "hidden_act", "activation_function")
     return next(
-        (text[name] for name in names if text.get(name)), _ACTIVATIONS.get(str(config.get("model_type", "")), "silu")
+        (text[name] for name in ACTIVATION_NAMES if text.get(name)),
+        _ACTIVATIONS.get(str(config.get("model_type", "")), "silu"),
     )
 
 

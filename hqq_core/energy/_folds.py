@@ -12,17 +12,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from hqq_core.architectures import Role, role, text_config
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.energy._families import Feed, Norm, Rows, activation, feeds
+from hqq_core.energy._families import ACTIVATION_NAMES, Feed, Norm, Rows, activation, feeds
 from hqq_core.energy._progress import Progress, stoppable
 from hqq_core.energy._threads import single_threaded
 from hqq_core.energy._weights import Place, Weights, places
 
 POWER = -0.5  # of a column's root mean square; from 0 to -1 it gave the least KL (docs/solver.md)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LEAST = 1e-3  # of the mean: a column of zeros gets no larger factor
 N_ROWS = 1024  # squared at a time
 
@@ -67,10 +69,10 @@ def fold(checkpoint: Checkpoint, *, progress: Progress | None = None) -> tuple[F
         for make in (*_behind_norms(weights), *_behind_rows(weights)):
             try:
                 folded = make()
+                _check_finite(folded)
             except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
                 continue  # a config or shapes that this family does not have: nothing is folded there
-            if all(t.isfinite().all() for part in (folded.columns, folded.rows, folded.values) for t in part.values()):
-                found.append(folded)
+            found.append(folded)
     return tuple(found)
 
 
@@ -78,21 +80,34 @@ def _behind_norms(weights: Weights) -> Iterator[Callable[[], Fold]]:
     """One fold for each norm that feeds linears of its own layer and nothing else."""
     fed: dict[str, list[str]] = defaultdict(list)
     norms: dict[str, Norm] = {}
+    known: set[str] = set()
     for feed in feeds(weights.config):
-        if feed.value or feed.up or feed.norm.adds or feed.norm.module[0] in "</":
-            continue
+        behind = not (feed.value or feed.up or feed.norm.adds or feed.norm.module[0] in "</")
         for place, names in places(feed, weights.names):
+            known.update(names)
+            if not behind:
+                continue
             norm = place.find(feed.norm.module, weights.names)
             fed[norm] += names
             norms[norm] = feed.norm
     for norm, names in fed.items():
-        if all(_is_matrix(name, weights) for name in names):
+        if all(_is_matrix(name, weights) for name in names) and not _strangers(names, known, weights):
             yield lambda norm=norm, names=names: _behind_norm(norm, norms[norm].offset, names, weights)  # type: ignore[misc]
+
+
+def _strangers(names: list[str], known: set[str], weights: Weights) -> list[str]:
+    """Weights in the modules of these that the family is not known to have: they may read the same norm."""
+    parents = tuple({".".join(name.split(".")[:-2]) + "." for name in names})
+    inside = (name for name in weights.names if name.startswith(parents) and name not in known)
+    return [name for name in inside if len(weights.names[name].entries[name].shape) > 1]
 
 
 def _behind_norm(norm: str, offset: float, names: list[str], weights: Weights) -> Fold:
     gain, bias = weights.need_stored(f"{norm}.weight"), weights.stored(f"{norm}.bias")
     factors = _factors(names, weights)
+    for vector in (gain,) if bias is None else (gain, bias):
+        if vector.shape != factors.shape or vector.dtype not in _FLOATS:
+            raise ValueError(f"{norm}: {vector.dtype} of shape {tuple(vector.shape)} for {len(factors)} columns")
     divided, factors = _divided(gain, factors, offset)
     values = {f"{norm}.weight": divided}
     if bias is not None:
@@ -102,7 +117,7 @@ def _behind_norm(norm: str, offset: float, names: list[str], weights: Weights) -
 
 def _behind_rows(weights: Weights) -> Iterator[Callable[[], Fold]]:
     """One fold for each weight whose inputs are, one by one, a multiple of the outputs of another."""
-    relu = activation(weights.config) == "relu"
+    relu = _is_relu(weights.config)
     for feed in feeds(weights.config):
         rows = feed.value or (feed.up if feed.gate or relu else None)
         if rows is None:
@@ -123,10 +138,24 @@ def _behind(rows: Rows, place: Place, feed: Feed, name: str, weights: Weights) -
     factors = _shared(_factors([name], weights), len(picked), weights)
     values = {}
     if (bias := weights.stored(f"{before}.bias")) is not None:
+        if bias.shape != (n_out,) or bias.dtype not in _FLOATS:
+            raise ValueError(f"{before}: bias of {bias.dtype}, shape {tuple(bias.shape)}, for {n_out} rows")
         divided, factors = _divided(bias[picked], factors, 0.0)
         values[f"{before}.bias"] = bias.index_copy(0, picked, divided)
     scales = torch.ones(n_out).index_copy(0, picked, 1 / factors)
     return Fold({name: _repeated(factors, weights.in_features(name), weights)}, {f"{before}.weight": scales}, values)
+
+
+def _is_relu(config: dict[str, Any]) -> bool:
+    """Whether every name that a config gives an activation says so: a model reads one of them, whichever."""
+    text = text_config(config)
+    return {text[name] for name in ACTIVATION_NAMES if text.get(name)} | {activation(config)} == {"relu"}
+
+
+def _check_finite(folded: Fold) -> None:
+    for part in (folded.columns, folded.rows, folded.values):
+        if not all(tensor.isfinite().all() for tensor in part.values()):
+            raise ValueError("factors that are not finite")
 
 
 def _is_matrix(name: str, weights: Weights) -> bool:
@@ -159,8 +188,10 @@ def _divided(values: torch.Tensor, factors: torch.Tensor, offset: float) -> tupl
 
 
 def _n_value_heads(n_rows: int, weights: Weights) -> int:
-    n_heads = text_config(weights.config).get("num_key_value_heads") or 1
-    if n_rows % n_heads:
+    n_heads = text_config(weights.config).get("num_key_value_heads")
+    if (
+        not n_heads or n_rows % n_heads
+    ):  # the family's own default is not ours to guess: what is wrong here is wrong in the model
         raise ValueError(f"{n_rows} values of {n_heads} heads")
     return int(n_heads)
 

@@ -23,8 +23,8 @@ class Stream:
     def __init__(self, weights: Weights) -> None:
         self._weights, self._squares = weights, None
         if weights.config.get("model_type") in _FAMILIES:
-            [embedding] = [name for name in weights.names if name.endswith("embed_tokens.weight")] or [""]
-            table = weights.stored(embedding)
+            found = [name for name in weights.names if name.endswith("embed_tokens.weight")]
+            table = weights.stored(found[0]) if len(found) == 1 else None
             self._squares = None if table is None or table.ndim != 2 else _mean_square(table)
 
     @property
@@ -34,7 +34,7 @@ class Stream:
 
     def normed(self, width: int) -> torch.Tensor:
         """Mean squares after a division by their root mean square; ones where the stream is not known."""
-        if self._squares is None or len(self._squares) != width:
+        if self._squares is None or len(self._squares) != width or not self._squares.mean() > 0:
             return torch.ones(width)
         return self._squares / self._squares.mean()
 
@@ -44,7 +44,8 @@ class Stream:
         if self._squares is None or W is None or W.shape != (len(self._squares), len(h)):
             self.lose()
             return
-        self._squares = self._squares + torch.cat([piece.float().square() @ h for piece in W.split(N_ROWS)])
+        joined = self._squares + torch.cat([piece.float().square() @ h for piece in W.split(N_ROWS)])
+        self._squares = joined if joined.isfinite().all() else None
 
     def lose(self) -> None:
         """From here on nothing is known."""

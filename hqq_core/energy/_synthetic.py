@@ -92,7 +92,9 @@ def synthetic(
     else:
         found = _correlated(checkpoint, means.add, correlations, taken)
     vectors = _fitting(means.by_name(shapes), shapes, checkpoint.config)
-    return Energies(vectors, dict.fromkeys(vectors, "synthetic"), correlations=found)
+    return Energies(
+        vectors, dict.fromkeys(vectors, "synthetic"), correlations=found.only(set(vectors)) if found else None
+    )
 
 
 def _correlated(checkpoint: Checkpoint, gather: Gather, path: Path, taken: dict[str, Any]) -> Correlations:

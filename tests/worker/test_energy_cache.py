@@ -103,3 +103,14 @@ def test_folder_that_cannot_be_made_is_no_failure(tmp_path: Path) -> None:
     cache = EnergyCache(tmp_path / "file" / "energies", 1 << 20)
     cache.keep("source", "auto", save(tmp_path / "job", "source"))
     assert cache.fetch("source", "auto", tmp_path / "target") is None
+
+
+def test_what_is_larger_than_the_cache_drives_nobody_out(cache: EnergyCache, tmp_path: Path) -> None:
+    nbytes = save(tmp_path / "job", "x").stat().st_size
+    small = EnergyCache(cache.folder, 2 * nbytes)
+    small.keep("a", "auto", save(tmp_path / "a", "a"))
+    large = tmp_path / "large"
+    large.write_bytes(bytes(3 * nbytes))
+    small.keep("b", "auto", large)
+    assert small.fetch("a", "auto", tmp_path / "target") is not None
+    assert small.fetch("b", "auto", tmp_path / "target") is None

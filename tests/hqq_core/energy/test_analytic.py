@@ -159,3 +159,19 @@ def test_a_config_that_does_not_fit_costs_the_energies_of_what_it_describes(fami
     assert found.note.startswith("no analytic energies for ")
     assert {name.split(".")[-2] for name in whole.keys() - found.vectors.keys()} <= {"o_proj", "dense"}
     assert 0 < len(found.vectors) < len(whole)
+
+
+@pytest.mark.parametrize("odd", ["two embeddings", "no loudness", "one weight too large"])
+def test_what_the_stream_cannot_follow_is_taken_for_white(odd, tmp_path):
+    tensors = llama_tensors()
+    embedding, output = "model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"
+    if odd == "two embeddings":
+        tensors["draft.embed_tokens.weight"] = tensors[embedding].clone()
+    elif odd == "no loudness":
+        tensors[embedding] = torch.zeros_like(tensors[embedding])
+    else:
+        tensors[output][0, 0] = 2e19
+    found = analytic(Checkpoint.open(save_checkpoint(tmp_path / "m", tensors, llama_config())))
+    names = [name for name in tensors if name.endswith("_proj.weight")]
+    assert found.vectors.keys() >= set(names)
+    assert all(found.vectors[name].isfinite().all() for name in names)

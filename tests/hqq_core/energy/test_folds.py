@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
 from hqq_core.energy import fold, profile
 from tests import families
-from tests.checkpoints import save_llama
+from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.families import FAMILIES
 
 # Weights of the two layers whose columns are folded: a Conv1D is copied, BERT's norms feed the residual stream, too.
@@ -112,3 +112,35 @@ def test_what_is_written_is_the_folded_model(tmp_path):
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(folded[norm].float(), wanted[norm])
     assert not torch.equal(folded[norm], plain[norm])
+
+
+def test_nothing_is_folded_where_the_config_does_not_say_how_heads_repeat(tmp_path):
+    checkpoint = Checkpoint.open(families.save("llama", tmp_path / "m"))
+    whole = fold(checkpoint)
+    del checkpoint.config["num_key_value_heads"]
+    assert len(whole) - len(fold(checkpoint)) == 2, "values of two layers"
+
+
+@pytest.mark.parametrize("odd", ["stranger", "scalar gain", "row of gains", "float8 gain", "infinite gain"])
+def test_a_layer_that_is_not_its_familys_keeps_its_norm(odd, tmp_path):
+    tensors, config = llama_tensors(), llama_config()
+    norm = "model.layers.1.input_layernorm.weight"
+    changed = {
+        "stranger": {"model.layers.1.self_attn.extra_proj.weight": torch.ones(4, 64)},
+        "scalar gain": {norm: torch.ones(1)},
+        "row of gains": {norm: torch.ones(1, len(tensors[norm]))},
+        "float8 gain": {norm: tensors[norm].to(torch.float8_e4m3fn)},
+        "infinite gain": {norm: torch.full_like(tensors[norm], torch.inf)},
+    }[odd]
+    folds = fold(Checkpoint.open(save_checkpoint(tmp_path / "m", tensors | changed, config)))
+    values = {name for one in folds for name in one.values}
+    assert norm not in values
+    assert "model.layers.0.input_layernorm.weight" in values
+
+
+def test_a_relu_that_another_key_denies_is_none(tmp_path):
+    checkpoint = Checkpoint.open(families.save("opt", tmp_path / "m"))
+    folded = lambda: {name for one in fold(checkpoint) for name in one.rows if "fc1" in name}  # noqa: E731
+    assert len(folded()) == 2
+    checkpoint.config["hidden_act"] = "gelu"
+    assert folded() == set()
