@@ -367,14 +367,15 @@ def _move(F, lane, scale, zero, n, sum_q, sum_qq, sum_t):
 @_jit
 def _fit_float(F, D, n, mode, low, high, max_zero, stored):
     """Least squares in (scale, zero)."""
+    per_n = 1.0 / n  # divisions take as long as all the rest
     for lane in range(LANES):
         sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
-        var = sum_qq - sum_q * sum_q / n
-        cov = sum_qt - sum_q * sum_t / n
+        var = sum_qq - sum_q * sum_q * per_n
+        cov = sum_qt - sum_q * sum_t * per_n
         joint = cov / (var if var > 0.0 else 1.0)
         joint = joint if var > 0.0 else f64(F[SCALE + lane])
         joint = _round_scale(joint, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
-        zero = (sum_q - sum_t / joint) / n
+        zero = (sum_q - sum_t / joint) * per_n
         zero = _round_real(zero, joint, mode, high, max_zero, D[UNIT + lane], D[PER_UNIT + lane], stored)
         _move(F, lane, joint, f64(zero), n, sum_q, sum_qq, sum_t)
 
