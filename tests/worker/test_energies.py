@@ -187,7 +187,7 @@ def test_progress_is_that_of_the_bytes_hashed_and_read(
     headers = Checkpoint.open(source).headers()
     nbytes = sum(entry.nbytes for file in headers.values() for entry in file.values())
 
-    def reading(*arguments: object, progress: Callable[[int], None]) -> Energies:
+    def reading(*arguments: object, progress: Callable[[int], None], **options: object) -> Energies:
         for done in range(0, nbytes + 1, nbytes // 20):
             progress(done)
             time.sleep(0.03)
@@ -211,7 +211,7 @@ def test_cancel_while_profiling_leaves_nothing(
 ) -> None:
     begun, over = threading.Event(), threading.Event()
 
-    def endless(*arguments: object, progress: Callable[[int], None]) -> None:
+    def endless(*arguments: object, progress: Callable[[int], None], **options: object) -> None:
         begun.set()
         while not over.wait(0.01):
             if not deaf:
