@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def _behind_norms(weights: Weights) -> Iterator[Callable[[], Fold]]:
             norms[norm] = feed.norm
     for norm, names in fed.items():
         if all(_is_matrix(name, weights) for name in names) and not _strangers(names, known, weights):
-            yield lambda norm=norm, names=names: _behind_norm(norm, norms[norm].offset, names, weights)  # type: ignore[misc]
+            yield partial(_behind_norm, norm, norms[norm].offset, names, weights)
 
 
 def _strangers(names: list[str], known: set[str], weights: Weights) -> list[str]:
@@ -125,9 +126,7 @@ def _behind_rows(weights: Weights) -> Iterator[Callable[[], Fold]]:
         for place, names in places(feed, weights.names):
             before = f"{place.find(rows.module, weights.names)}.weight"
             if len(names) == 1 and all(_is_matrix(name, weights) for name in (*names, before)):
-                yield lambda place=place, rows=rows, feed=feed, name=names[0]: _behind(  # type: ignore[misc]
-                    rows, place, feed, name, weights
-                )
+                yield partial(_behind, rows, place, feed, names[0], weights)
 
 
 def _behind(rows: Rows, place: Place, feed: Feed, name: str, weights: Weights) -> Fold:

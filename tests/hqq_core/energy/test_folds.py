@@ -69,7 +69,10 @@ def test_a_folded_model_computes_what_it_did(family, dtype, tmp_path):
 def test_columns_lie_closer_together(tmp_path):
     folder = save_llama(tmp_path / "m")
     tensors, folds = load_file(folder / "model.safetensors"), fold(Checkpoint.open(folder))
-    spread = lambda W: W.square().mean(0).log().std()  # noqa: E731
+
+    def spread(W):
+        return W.square().mean(0).log().std()
+
     folded = applied(tensors, folds)
     down = [name for name in tensors if "down_proj" in name]
     assert all(spread(folded[name]) < 0.6 * spread(tensors[name].float()) for name in down)
@@ -140,7 +143,10 @@ def test_a_layer_that_is_not_its_familys_keeps_its_norm(odd, tmp_path):
 
 def test_a_relu_that_another_key_denies_is_none(tmp_path):
     checkpoint = Checkpoint.open(families.save("opt", tmp_path / "m"))
-    folded = lambda: {name for one in fold(checkpoint) for name in one.rows if "fc1" in name}  # noqa: E731
+
+    def folded():
+        return {name for one in fold(checkpoint) for name in one.rows if "fc1" in name}
+
     assert len(folded()) == 2
     checkpoint.config["hidden_act"] = "gelu"
     assert folded() == set()
