@@ -66,7 +66,8 @@ def test_kernel_agrees_with_the_reference(nbits, zero, lp_norm, starts, weighted
     codes, scale, zeros = _reference.solve(X, spec, H)
     # A rounding tie that falls otherwise in float32 sends a group along another path: rare, and as good.
     same = (ours.scale[:, 0].double().numpy() == scale) & (ours.zero[:, 0].double().numpy() == zeros)
-    assert same.mean() > (0.95 if lp_norm == 2 else 0.92)  # a power in float32 meets ties more often
+    ties = zero == "offset" and lp_norm != 2  # its zero is a quotient, and a power in float32 meets ties more often
+    assert same.mean() > (0.92 if ties else 0.95)
     assert (ours.W_q.numpy() != codes)[same].mean() < 1e-4
     mine = X - (ours.W_q.numpy() - ours.zero.double().numpy()) * ours.scale.double().numpy()
     theirs = X - (codes - zeros[:, None]) * scale[:, None]
