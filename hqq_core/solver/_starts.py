@@ -8,7 +8,7 @@ from hqq_core.spec import TERNARY, QuantSpec
 
 # Smallest start as a share of the min-max step, by nbits: below 0.6 only 2 bit groups gain, and the more codes there are, the
 # less is gained by cutting off their ends.
-SMALLEST = {1: 0.6, TERNARY: 0.6, 2: 0.6, 3: 0.6, 4: 0.6, 5: 0.8, 6: 0.9, 8: 0.95}
+SMALLEST = {1: 0.6, TERNARY: 0.6, 2: 0.6, 3: 0.6, 4: 0.6, 5: 0.9, 6: 0.9, 8: 0.97}
 SHIFTS = (0.0, 1.0, -1.0)  # of the zero, in turn
 # Of such a shift, in codes. A real zero's grid repeats after one code, so that half a code is farthest off.
 STEP = {"float": 0.5, "offset": 0.5, "int": 1.0, "none": 0.0}
