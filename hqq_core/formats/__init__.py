@@ -31,6 +31,14 @@ FORMATS: dict[str, CheckpointWriter] = {
 }
 
 
+def described() -> list[dict[str, Any]]:
+    """Every format and what it holds, as plain JSON types."""
+    default = Recipe().format
+    return [
+        {"name": name, "default": name == default, **writer.capabilities.to_dict()} for name, writer in FORMATS.items()
+    ]
+
+
 def writer_of(recipe: Recipe) -> CheckpointWriter:
     """The writer that the recipe names; a FormatError lists those there are."""
     if recipe.format not in FORMATS:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec, ZeroMode
@@ -91,6 +93,12 @@ class Capabilities:
         sizes = [", ".join(map(str, self.group_sizes))] if self.group_sizes else []
         sizes += [f"multiples of {self.group_multiple}"] if self.group_multiple else []
         return " or ".join([*sizes, *(["a whole channel"] if self.whole_channel else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `zeros` by nbits as text."""
+        fields = {**dataclasses.asdict(self), "zeros": {str(nbits): list(zeros) for nbits, zeros in self.zeros.items()}}
+        lists = {name: list(fields[name]) for name in ("group_sizes", "axes", "runtimes")}
+        return {"nbits": list(self.nbits), **fields, **lists}
 
     def words(self) -> dict[str, str]:
         """A row of the table of formats, by column."""
