@@ -1,8 +1,8 @@
 """Format `compressed-tensors`, pack-quantized: what vLLM, SGLang and transformers load today; integer zero points, or none.
 
-Layout: compressed-tensors 0.20, compressors/pack_quantized. Codes and zero points are dense bit streams, also at 3, 5 and 6 bits,
-where compressed-tensors before 0.18 left bits of each word unused. The zero point is solved as an integer (spec.zero "int") or
-fixed (spec.zero "none"), never rounded afterwards.
+Layout: compressed-tensors 0.20, compressors/pack_quantized. Codes and zero points are dense bit streams at any width;
+compressed-tensors before 0.18 left bits of each word unused at 3, 5, 6 and 7. The zero point is solved as an integer
+(spec.zero "int") or fixed (spec.zero "none"), never rounded afterwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CompressedTensorsWriter(CheckpointWriter):
     name = "compressed-tensors"
     capabilities = Capabilities(
         # At 8 bit symmetric unless asked: more runtimes have a kernel for it.
-        zeros={**dict.fromkeys((2, 3, 4, 5, 6), ("int", "none")), 8: ("none", "int")},
+        zeros={**dict.fromkeys((2, 3, 4, 5, 6, 7), ("int", "none")), 8: ("none", "int")},
         group_sizes=(32, 64, 128),
         exactness="as solved: integer zero points, or symmetric",
         runtimes=(

@@ -10,7 +10,8 @@ from hqq_core.formats import FORMATS, check_recipe
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("nbits", 7), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("nbits", 1.5), ("starts", 0), ("starts", 2.0),
+        ("nbits", 9), ("nbits", 0), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("nbits", 1.5),
+        ("starts", 0), ("starts", 2.0),
         ("group_size", 0), ("group_size", 64.0), ("axis", 2), ("axis", True), ("zero", "real"),
         ("scale_dtype", "float64"), ("iters", -1), ("lp_norm", 0), ("lp_norm", 2.5),
         ("beta", 0), ("kappa", 0.5), ("version", 2),

@@ -25,7 +25,7 @@ class TestCompressedTensors(WriterContract):
         return compressed_tensors_weights(folder)
 
     @pytest.mark.parametrize("zero", ["int", "none"])
-    @pytest.mark.parametrize("nbits", [2, 3, 4, 5, 6, 8])
+    @pytest.mark.parametrize("nbits", FORMATS["compressed-tensors"].capabilities.nbits)
     def test_transformers_loads_it(self, tmp_path, nbits, zero):
         from transformers import AutoModelForCausalLM
 
