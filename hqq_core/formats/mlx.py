@@ -29,7 +29,7 @@ class MlxWriter(CheckpointWriter):
 
     name = "mlx"
     capabilities = Capabilities(
-        zeros=dict.fromkeys((2, 3, 4, 5, 6, 8), ("offset",)),
+        zeros=dict.fromkeys((1, 2, 3, 4, 5, 6, 8), ("offset",)),
         group_sizes=(32, 64, 128),
         exactness="as solved: offsets in the model's type",
         runtimes=(Runtime("mlx-lm", "0.32", "run on Linux"),),

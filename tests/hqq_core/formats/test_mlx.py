@@ -23,7 +23,7 @@ class TestMlx(WriterContract):
     def read(self, folder, dtype):
         return mlx_weights(folder)
 
-    @pytest.mark.parametrize("nbits", [2, 3, 4, 5, 6, 8])
+    @pytest.mark.parametrize("nbits", FORMATS["mlx"].capabilities.nbits)
     def test_mlx_lm_computes_with_the_dequantized_weights(self, tmp_path, nbits):
         build("llama", num_hidden_layers=3).save_pretrained(tmp_path / "m", max_shard_size="150KB")
         recipe = Recipe(format="mlx", nbits=nbits, group_size=32, include_modules=["embed_tokens", "lm_head"])
