@@ -11,7 +11,7 @@ from hqq_core.architectures import QUANTIZED, Role, role, ties_head
 from hqq_core.checkpoint import SINGLE, Checkpoint
 from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
-from hqq_core.formats import check_model, check_recipe, writer_of
+from hqq_core.formats import check_model, check_recipe, settled, writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import DTYPES, TensorEntry, header_nbytes, tensor_nbytes
@@ -197,8 +197,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     FormatError, SpecError
         The recipe asks for what the format or this checkpoint cannot give; names the setting.
     """
+    recipe, spec = settled(recipe), check_recipe(recipe)
     writer = writer_of(recipe)
-    spec = check_recipe(recipe)
     headers = checkpoint.headers()
     entries = [entry for file in headers.values() for entry in file.values()]
     _check_names(recipe, entries, checkpoint)

@@ -223,6 +223,8 @@ class FormatBody(ResponseBody):
     axes: list[int]
     exactness: str
     runtimes: list[RuntimeBody]
+    lossless: bool
+    """Weights that are on its grid already are kept as they are, all others refused."""
     experimental: bool
     """Never run by its readers here."""
 

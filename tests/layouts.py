@@ -82,6 +82,14 @@ def hqq(stored: Stored, spec: QuantSpec, shape: tuple[int, int]) -> Decoded:
     return Decoded(codes[:n_rows], stored["scale"], stored["zero"])
 
 
+def bitnet(stored: Stored, spec: QuantSpec, shape: tuple[int, int]) -> Decoded:
+    """Quarters of the rows share bytes, the first in the lowest bits; one scale."""
+    packed = stored["weight"].numpy()
+    codes = np.concatenate([packed // 4**i % 4 for i in range(4)])
+    scale = stored["weight_scale"].expand(shape[0], 1)
+    return Decoded(codes, scale, np.full(scale.shape, 1))
+
+
 LAYOUTS = {
     "compressed-tensors": compressed_tensors,
     "hqq": hqq,
@@ -89,4 +97,5 @@ LAYOUTS = {
     "awq": awq,
     "gptq": gptq,
     "metal": metal,
+    "bitnet": bitnet,
 }

@@ -10,6 +10,7 @@ from hqq_core.architectures import Role
 from hqq_core.errors import FormatError
 from hqq_core.formats.awq import AwqWriter
 from hqq_core.formats.base import CheckpointWriter, refuse
+from hqq_core.formats.bitnet import BitnetWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
 from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
@@ -27,6 +28,7 @@ FORMATS: dict[str, CheckpointWriter] = {
         AwqWriter(),
         GptqWriter(),
         MetalWriter(),
+        BitnetWriter(),
     )
 }
 
@@ -44,6 +46,13 @@ def writer_of(recipe: Recipe) -> CheckpointWriter:
     if recipe.format not in FORMATS:
         raise FormatError("format", f"format {recipe.format!r}: wanted one of {', '.join(FORMATS)}")
     return FORMATS[recipe.format]
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe as its format goes by it: with no input energy and no folds where weights are kept as they are."""
+    if writer_of(recipe).capabilities.lossless:
+        return dataclasses.replace(recipe, energy="none", fold=False)
+    return recipe
 
 
 def check_recipe(recipe: Recipe) -> QuantSpec:
@@ -73,12 +82,13 @@ def check_model(recipe: Recipe, quantized: set[Role], copied: set[Role], config:
 
 
 def _holders(recipe: Recipe, takes: Callable[[CheckpointWriter, Recipe], bool] = lambda *_: True) -> str:
-    """Which other formats hold these settings, in words; those that were never run here are nobody's way out."""
+    """Which other formats hold these settings, in words; those never run here, or for few models, are nobody's way out."""
     names = []
     for name, writer in FORMATS.items():
         other = dataclasses.replace(recipe, format=name)
         held = not any(writer.capabilities.obstacles(writer.capabilities.spec(other)))
-        if name != recipe.format and held and not writer.capabilities.experimental and takes(writer, other):
+        usual = not writer.capabilities.experimental and not writer.capabilities.lossless
+        if name != recipe.format and usual and held and takes(writer, other):
             names.append(repr(name))
     if not names:
         return "no other format holds all that is asked"

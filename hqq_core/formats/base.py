@@ -13,6 +13,7 @@ import torch
 from hqq_core.architectures import Role
 from hqq_core.errors import FormatError
 from hqq_core.formats.capabilities import Capabilities
+from hqq_core.solver import quantize
 from hqq_core.spec import QuantSpec, ScaleDtype
 from hqq_core.tensors import QuantizedTensor
 
@@ -53,6 +54,10 @@ class CheckpointWriter(ABC):
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Why this tensor cannot be stored quantized, or None; unless a format knows better, linear layers can."""
         return refuse_unless_linear(role)
+
+    def solve(self, W: torch.Tensor, spec: QuantSpec, **settings: Any) -> QuantizedTensor:
+        """What is stored for one weight; `settings` are those of `solver.quantize`."""
+        return quantize(W, spec, **settings)
 
     @abstractmethod
     def layout(self, module: str, shape: tuple[int, ...], dtype: str, spec: QuantSpec) -> Layout:

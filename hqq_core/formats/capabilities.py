@@ -49,6 +49,8 @@ class Capabilities:
     exactness : str
         How the stored numbers come out of what was solved, in a few words.
     runtimes : tuple of Runtime
+    lossless : bool
+        Weights that are on its grid already are kept as they are and all others refused: nothing is solved, weighed or folded.
     experimental : bool
         Written as its readers' source has it, but never run by them here.
     """
@@ -60,6 +62,7 @@ class Capabilities:
     group_multiple: int | None = None
     whole_channel: bool = False
     axes: tuple[int, ...] = (1,)
+    lossless: bool = False
     experimental: bool = False
 
     @property

@@ -54,3 +54,12 @@ def test_the_client_returns_it(api_url, field):
         listed = client.formats()
     assert all(field in entry for entry in listed)
     assert FormatList(data=listed).data
+
+
+def test_a_job_that_keeps_weights_as_they_are_is_not_weighed(api, root):
+    body = {
+        "source": {"type": "folder", "path": str(root)},
+        "recipe": {"format": "bitnet", "nbits": 1.58, "group_size": None},
+    }
+    recipe = api.post("/v1/jobs", json=body).json()["recipe"]
+    assert (recipe["energy"], recipe["fold"]) == ("none", False)

@@ -82,8 +82,9 @@ class WriterContract:
         quantize_checkpoint(source, tmp_path / "two", self.recipe, threads=2)
         (tmp_path / "backwards").mkdir()
         checkpoint = Checkpoint.open(source)
-        energies = profile(checkpoint)
-        plan = build_plan(checkpoint, self.recipe).with_energies(energies)
+        plan = build_plan(checkpoint, self.recipe)
+        energies = profile(checkpoint, "auto" if plan.recipe.weighted else "none")
+        plan = plan.with_energies(energies)
         results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards", energies) for i in (2, 0, 1)]
         again = results.pop(1).index  # one of them twice
         results.append(quantize_shard(checkpoint, plan, again, tmp_path / "backwards", energies))

@@ -27,12 +27,15 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 ROWS = st.one_of(st.sampled_from([1, 7, 8, 31, 32, 33, 64, 65]), st.integers(1, 100))
 
 
-def random_tensor(shape: tuple[int, int], spec: QuantSpec, dtype: torch.dtype, seed: int) -> QuantizedTensor:
+def random_tensor(
+    shape: tuple[int, int], spec: QuantSpec, dtype: torch.dtype, seed: int, one_scale: bool
+) -> QuantizedTensor:
     """Codes, scales and zeros of no weight at all, each as the spec has it."""
     generator = np.random.default_rng(seed)
     group_size = resolve_group_size(shape, spec)
     n_groups = math.prod(shape) // group_size
     stored = TORCH_DTYPES[spec.scale_dtype]
+    n_scales = 1 if one_scale else n_groups
     zeros = {
         "float": lambda: torch.from_numpy(generator.uniform(-1, spec.max_code + 1, n_groups)).to(stored),
         "offset": lambda: torch.from_numpy(generator.uniform(-1, spec.max_code + 1, n_groups)).float(),
@@ -43,7 +46,7 @@ def random_tensor(shape: tuple[int, int], spec: QuantSpec, dtype: torch.dtype, s
     grouped = (n_groups, group_size) if spec.axis == 1 else (group_size, n_groups)
     return QuantizedTensor(
         W_q=torch.from_numpy(generator.integers(0, spec.levels, grouped, dtype=np.uint8)),
-        scale=torch.from_numpy(generator.uniform(0.01, 1, n_groups)).to(stored).view(side),
+        scale=torch.from_numpy(generator.uniform(0.01, 1, n_scales)).to(stored).expand(n_groups).view(side),
         zero=zeros[spec.zero]().view(side),
         shape=shape,
         dtype=dtype,
@@ -67,7 +70,7 @@ def test_all_that_is_stored_comes_back_bit_for_bit(name, data):
     if reason := writer.refusal(Role.LINEAR, shape, spec):
         assert re.search(r"\d+ (rows|outputs|inputs)", reason)
         return
-    tensor = random_tensor(shape, spec, DTYPES[dtype], data.draw(st.integers(0, 99)))
+    tensor = random_tensor(shape, spec, DTYPES[dtype], data.draw(st.integers(0, 99)), name == "bitnet")
     encoded = writer.encode("a.b", tensor)
     told = writer.layout("a.b", shape, dtype, spec)
     assert [(key, NAMES[value.dtype], tuple(value.shape)) for key, value in encoded.items()] == told
