@@ -90,6 +90,11 @@ def bitnet(stored: Stored, spec: QuantSpec, shape: tuple[int, int]) -> Decoded:
     return Decoded(codes, scale, np.full(scale.shape, 1))
 
 
+def humming(stored: Stored, spec: QuantSpec, shape: tuple[int, int]) -> Decoded:
+    codes = numbers(bits(stored["weight"]), spec.code_bits, shape[1])
+    return Decoded(codes, stored["weight_scale"], stored["zero_point"])
+
+
 LAYOUTS = {
     "compressed-tensors": compressed_tensors,
     "hqq": hqq,
@@ -98,4 +103,5 @@ LAYOUTS = {
     "gptq": gptq,
     "metal": metal,
     "bitnet": bitnet,
+    "humming": humming,
 }

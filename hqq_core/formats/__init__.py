@@ -14,6 +14,7 @@ from hqq_core.formats.bitnet import BitnetWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
 from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
+from hqq_core.formats.humming import HummingWriter
 from hqq_core.formats.metal import MetalWriter
 from hqq_core.formats.mlx import MlxWriter
 from hqq_core.recipe import Recipe
@@ -29,6 +30,7 @@ FORMATS: dict[str, CheckpointWriter] = {
         GptqWriter(),
         MetalWriter(),
         BitnetWriter(),
+        HummingWriter(),
     )
 }
 
