@@ -71,7 +71,7 @@ class TestBitnet(WriterContract):
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_nothing_is_lost(self, tmp_path, dtype):
         source = self.save(tmp_path / "m", dtype=dtype)
-        manifest = quantize_checkpoint(source, tmp_path / "out", TERNARY)
+        (manifest,) = quantize_checkpoint(source, tmp_path / "out", TERNARY)
         assert manifest.metrics["relative_error"] == 0
         read = self.read(tmp_path / "out", dtype)
         original = self.tensors(2, 128, dtype)
