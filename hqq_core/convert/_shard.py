@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +18,6 @@ from hqq_core.energy import Energies
 from hqq_core.errors import CheckpointError
 from hqq_core.plan import Plan, ShardPlan, TensorPlan
 from hqq_core.results import ShardResult, TensorResult
-from hqq_core.solver import quantize
 from hqq_core.tensors import QuantizedTensor
 
 Work = list[tuple[ShardOutput, TensorPlan]]  # one tensor, as each plan has it
@@ -124,9 +124,11 @@ def _convert(work: Work, W: torch.Tensor, threads: int | None, done: Counter) ->
     for output, tensor in work:
         if tensor.spec is None and not tensor.folded:
             output.copy(tensor, W)
-    problems = list(dict.fromkeys(tensor.problem for _, tensor in work if tensor.spec))
-    for problem in problems:
-        asking = [(output, tensor) for output, tensor in work if tensor.problem == problem]
+    problems: dict[object, Work] = defaultdict(list)
+    for output, tensor in work:
+        if tensor.spec:
+            problems[tensor.problem, type(output.writer).solve].append((output, tensor))
+    for asking in problems.values():
         quantized = _solve(W, *asking[0], Fraction(W.itemsize, len(problems)), threads, done)
         result = TensorResult(asking[0][1].name, quantized.numel, quantized.squared_error, quantized.squared_norm)
         for output, tensor in asking:
@@ -147,7 +149,7 @@ def _solve(
     """`share` is what one solved weight counts for, in bytes."""
     assert tensor.spec is not None
     energy, columns, rows = output.weighting.of_tensor(tensor.name)
-    return quantize(
+    return output.writer.solve(
         W,
         tensor.spec,
         energy=energy,

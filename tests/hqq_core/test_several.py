@@ -9,6 +9,7 @@ import torch
 
 import hqq_core.convert._folder as folder_room
 import hqq_core.convert._shard as shard_room
+import hqq_core.formats.base as writer_room
 from hqq_core import (
     Checkpoint,
     Recipe,
@@ -21,14 +22,14 @@ from hqq_core import (
 from hqq_core.checkpoint import MANIFEST, REPORT
 from hqq_core.convert import finished, verify_shard
 from hqq_core.errors import CheckpointError, FormatError, SpecError, StorageFullError
-from hqq_core.formats import FORMATS
+from hqq_core.formats import FORMATS, settled
 from hqq_core.plan import Plan
-from tests.checkpoints import folder_bytes, llama_tensors, save_llama
+from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.onefile import RESULT, OneFileWriter, read_one_file
 from tests.oracles import stored_tensors
 
 MLX, METAL, PACKED = Recipe(format="mlx"), Recipe(format="metal"), Recipe(format="compressed-tensors")
-EVERY = [Recipe(format=name) for name in FORMATS]
+EVERY = [Recipe(format=name) for name, writer in FORMATS.items() if not writer.capabilities.lossless]
 MIXED = [
     Recipe(format="mlx", preset="best", max_shard_nbytes=200_000),
     Recipe(format="mlx", include_modules=("lm_head", "embed_tokens"), fold=False, max_shard_nbytes=60_000),
@@ -80,13 +81,13 @@ def test_each_byte_of_the_source_is_read_once(tmp_path, monkeypatch, recipes):
 @pytest.fixture
 def solved(monkeypatch):
     """Names of the tensors that the solver was called for."""
-    names, real = [], shard_room.quantize
+    names, real = [], writer_room.quantize
 
     def quantize(W, spec, *, name, **settings):
         names.append(name)
         return real(W, spec, name=name, **settings)
 
-    monkeypatch.setattr(shard_room, "quantize", quantize)
+    monkeypatch.setattr(writer_room, "quantize", quantize)
     return names
 
 
@@ -99,6 +100,24 @@ def test_what_is_solved_alike_is_solved_once(tmp_path, solved, recipes, solves):
     quantize_checkpoint(save_llama(tmp_path / "m"), tmp_path / "out", *recipes)
     assert len(solved) == 14 * solves
     assert set(Counter(solved).values()) == {solves}
+
+
+def test_formats_that_solve_otherwise_share_nothing_though_all_settings_agree(tmp_path):
+    def ternary(name, W):
+        return ((W.float() / 0.02).round().clamp(-1, 1) * 0.02).to(W.dtype) if name.endswith("_proj.weight") else W
+
+    tensors = {name: ternary(name, W) for name, W in llama_tensors().items()}
+    source = save_checkpoint(tmp_path / "m", tensors, llama_config())
+    kept = Recipe(format="bitnet", nbits=1.58, group_size=None, preset="best")  # which has no energy and no folds
+    solved = Recipe(format="hqq", nbits=1.58, group_size=None, zero="none", preset="best", energy="none", fold=False)
+    for i, recipes in enumerate([(kept, solved), (solved, kept), (MLX, kept), (kept, MLX)]):
+        out = tmp_path / str(i)
+        quantize_checkpoint(source, out, *recipes)
+        again = build_plans(Checkpoint.open(source), [settled(recipe) for recipe in recipes])
+        for recipe, folder in zip(recipes, output_folders(recipes), strict=True):
+            quantize_checkpoint(source, out / f"{folder}-alone", recipe)
+            assert folder_bytes(out / folder) == folder_bytes(out / f"{folder}-alone")
+        assert tuple(plan.folder for plan in again) == output_folders(recipes)
 
 
 def test_what_only_one_recipe_folds_is_solved_twice(tmp_path, solved):
@@ -156,8 +175,8 @@ def test_folders_are_named_after_recipes():
             [MLX, PACKED, Recipe(format="mlx", skip_modules=("q_proj",))],
             SpecError, "skip_modules", 2, "mlx-4bit-g64 is another recipe's, which differs in skip_modules alone",
         ),
-        ([MLX, Recipe(energy="none")], SpecError, "energy", 1, "energy 'none': wanted 'auto'"),
-        ([MLX, Recipe(format="mlx", nbits=1)], FormatError, "nbits", 1, "nbits 1: format 'mlx' holds one of"),
+        ([MLX, Recipe(energy="none")], SpecError, "energy", 1, "energy 'none': wanted 'auto', as a recipe before has it"),
+        ([MLX, Recipe(format="mlx", nbits=7)], FormatError, "nbits", 1, "nbits 7: format 'mlx' holds"),
         ([MLX, Recipe(format="../mlx")], FormatError, "format", 1, "format '../mlx': wanted one of"),
     ],
     ids=["none", "twice", "one folder", "energy", "format cannot", "no format"],
