@@ -6,6 +6,7 @@ may run twice with the same result, and the manifest is written last: its presen
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -20,11 +21,12 @@ from hqq_core.architectures import Role
 from hqq_core.checkpoint import CONFIG, INDEX, MANIFEST, REPORT, Checkpoint, ShardReader
 from hqq_core.energy import Energies, profile
 from hqq_core.errors import CheckpointError
+from hqq_core.folding import write_folding
 from hqq_core.formats import writer_of
 from hqq_core.plan import Plan, ShardPlan, TensorPlan, build_plan, stored_tensors
 from hqq_core.recipe import Recipe
 from hqq_core.report import metrics_of, report_of
-from hqq_core.results import ArtifactFile, Manifest, ShardResult, TensorResult
+from hqq_core.results import ArtifactFile, CopiedTensor, Manifest, ShardResult, TensorResult
 from hqq_core.safetensors_file import (
     TEMPORARY_PREFIX,
     SafetensorsWriter,
@@ -88,7 +90,7 @@ def quantize_checkpoint(
             results.append(
                 quantize_shard(checkpoint, plan, shard.index, output, energies, threads=threads, progress=report)
             )
-        return finish_checkpoint(checkpoint, plan, results, output)
+        return finish_checkpoint(checkpoint, plan, results, output, energies)
     except BaseException:
         _empty(output, remove=not existed)
         raise
@@ -153,8 +155,8 @@ def quantize_shard(
     shard = plan.shards[index]
     weighting = Weighting.of(shard, energies)
     done = _Counter(progress)
-    files, results = [], []
-    with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead:
+    files, results, copied = [], [], []
+    with checkpoint.shard(shard.file) as reader, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as aside:
         _check_unchanged(reader, shard)
         for name in {tensor.file for tensor in shard.tensors}:
             discard_temporaries(output / name)
@@ -167,18 +169,21 @@ def quantize_shard(
             try:
                 for tensor in group:
                     if tensor.spec is None and tensor.folded:
-                        writer.write(tensor.name, weighting.values[tensor.name])
+                        value = weighting.values[tensor.name]
+                        writer.write(tensor.name, value)
+                        copied.append(CopiedTensor(tensor.name, hashlib.sha256(_bytes(value)).hexdigest()))
                         done.add(tensor.nbytes_in)
                     elif tensor.spec is None:
-                        writer.write_pieces(tensor.name, done.counting(reader.pieces(tensor.name)))
+                        copied.append(_copy(tensor, reader, writer, done))
                     else:
-                        results.append(_write_quantized(plan, tensor, next(weights), weighting, writer, threads, done))
+                        W = next(weights)
+                        results.append(_write_quantized(plan, tensor, W, weighting, writer, threads, done, aside))
                 digest = writer.close()
             except BaseException:
                 writer.discard()
                 raise
             files.append(ArtifactFile(name, writer.nbytes, digest))
-    return ShardResult(index, tuple(files), tuple(results))
+    return ShardResult(index, tuple(files), tuple(results), tuple(copied))
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
@@ -195,6 +200,7 @@ def _write_quantized(
     writer: SafetensorsWriter,
     threads: int | None,
     done: _Counter,
+    aside: ThreadPoolExecutor,
 ) -> TensorResult:
     assert tensor.spec is not None
     energy, columns, rows = weighting.of_tensor(tensor.name)
@@ -209,9 +215,26 @@ def _write_quantized(
         threads=threads,
         progress=lambda numel: done.add(numel * W.itemsize),
     )
+    digest = aside.submit(quantized.digest)
     for name, value in writer_of(plan.recipe).encode(tensor.module, quantized).items():
         writer.write(name, value)
-    return TensorResult(tensor.name, quantized.numel, quantized.squared_error, quantized.squared_norm)
+    return TensorResult(tensor.name, quantized.numel, quantized.squared_error, quantized.squared_norm, digest.result())
+
+
+def _copy(tensor: TensorPlan, reader: ShardReader, writer: SafetensorsWriter, done: _Counter) -> CopiedTensor:
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[memoryview]:
+        for piece in reader.pieces(tensor.name):
+            digest.update(piece)
+            yield piece
+
+    writer.write_pieces(tensor.name, done.counting(hashed()))
+    return CopiedTensor(tensor.name, digest.hexdigest())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _read_ahead(reader: ShardReader, shard: ShardPlan, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
@@ -265,7 +288,9 @@ def verify_shard(result: ShardResult, output: Path, *, progress: Progress | None
 # --- the whole folder ----------------------------------------------------------------------------------------------------
 
 
-def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], output: Path) -> Manifest:
+def finish_checkpoint(
+    checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], output: Path, energies: Energies | None = None
+) -> Manifest:
     """Write index, config, carried files and report beside the shards, and the manifest last.
 
     Parameters
@@ -275,6 +300,8 @@ def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: list[ShardRes
     results : list of ShardResult
         One for each of `plan.shards`, in any order.
     output : Path
+    energies : Energies, optional
+        What the shards were quantized with.
 
     Returns
     -------
@@ -287,6 +314,7 @@ def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: list[ShardRes
     for path in output.rglob(f"{TEMPORARY_PREFIX}*"):
         path.unlink(missing_ok=True)
     files = [*written, *(_carry(checkpoint, name, output) for name in plan.carried)]
+    files += write_folding(plan, energies, output)
     ours = {CONFIG: _config(checkpoint, plan), REPORT: report_of(checkpoint, plan, results, metrics)}
     if len(written) > 1:
         ours[INDEX] = _index(plan)

@@ -1,0 +1,38 @@
+"""Readers by the name that a config.json gives its layout; they share no code with the writers, and know them not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hqq_core.errors import VerificationError
+from hqq_core.verify.readers._module import Module, Reader
+from hqq_core.verify.readers.affine import AffineReader
+from hqq_core.verify.readers.awq import AwqReader
+from hqq_core.verify.readers.compressed_tensors import CompressedTensorsReader
+from hqq_core.verify.readers.gptq import GptqReader
+from hqq_core.verify.readers.hqq import HqqReader
+
+__all__ = ["Module", "Reader", "reader_of"]
+
+READERS: dict[str, Callable[[dict[str, Any]], Reader]] = {
+    "awq": AwqReader.of,
+    "compressed-tensors": CompressedTensorsReader.of,
+    "gptq": GptqReader.of,
+    "hqq": HqqReader.of,
+    "metal": AffineReader.of_metal,
+    "mlx": AffineReader.of_mlx,
+}
+
+
+def reader_of(config: dict[str, Any]) -> Reader:
+    """The reader that a config.json asks for, as a runtime would find it."""
+    try:
+        settings = config["quantization_config"]
+        if "quant_method" not in settings and config["quantization"] == settings:
+            settings = {"quant_method": "mlx", **settings}
+        return READERS[settings["quant_method"]](settings)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise VerificationError(
+            "config.json", f"no quantization_config that is understood: {type(error).__name__}: {error}"
+        ) from error
