@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_INDEX_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12}  # whole codes that one look-up gives
+_INDEX_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7}  # whole codes that one look-up gives
 
 
 def unpack_stream(words: NDArray[Any], nbits: int) -> NDArray[np.uint8]:
@@ -18,7 +19,7 @@ def unpack_stream(words: NDArray[Any], nbits: int) -> NDArray[np.uint8]:
     ----------
     words : ndarray [shape=(..., n)], of any little-endian words
     nbits : int
-        1, 2, 3, 4, 5, 6 or 8.
+        1 to 8.
 
     Returns
     -------
@@ -34,8 +35,9 @@ def unpack_stream(words: NDArray[Any], nbits: int) -> NDArray[np.uint8]:
 
 
 def _indices(stream: NDArray[np.uint8], nbits: int) -> NDArray[np.uint16]:
-    """The bit stream in pieces of `nbits` bits, 9 to 12."""
-    period, n = (3, 2) if nbits == 12 else (5, 4)  # bytes, and the pieces that fill them
+    """The bit stream in pieces of `nbits` bits, 12 at most."""
+    n = 8 // math.gcd(nbits, 8)
+    period = n * nbits // 8  # bytes that n pieces fill
     missing = -stream.shape[-1] % period
     if missing:
         stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, missing)])
@@ -43,7 +45,8 @@ def _indices(stream: NDArray[np.uint8], nbits: int) -> NDArray[np.uint16]:
     index = np.empty((*blocks.shape[:-1], n), np.uint16)
     for i in range(n):
         byte, shift = divmod(i * nbits, 8)
-        index[..., i] = ((blocks[..., byte] | blocks[..., byte + 1] << 8) >> shift) & ((1 << nbits) - 1)
+        word = blocks[..., byte] | (blocks[..., byte + 1] << 8 if shift + nbits > 8 else 0)
+        index[..., i] = (word >> shift) & ((1 << nbits) - 1)
     return index.reshape(*stream.shape[:-1], -1)
 
 

@@ -29,7 +29,7 @@ def test_same_input_same_bytes_for_any_threads_and_any_order_of_shards(tmp_path,
     results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards", energies) for i in (2, 0, 1)]
     again = results.pop(1).index  # one of them twice
     results.append(quantize_shard(checkpoint, plan, again, tmp_path / "backwards", energies))
-    finish_checkpoint(checkpoint, plan, results, tmp_path / "backwards")
+    finish_checkpoint(checkpoint, plan, results, tmp_path / "backwards", energies)
     one = folder_bytes(tmp_path / "one")
     assert one == folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "backwards")
 
