@@ -10,14 +10,15 @@ import torch
 
 from hqq_core.checkpoint import FOLDING
 from hqq_core.energy import Energies
+from hqq_core.errors import CheckpointError
 from hqq_core.plan import Plan
 from hqq_core.results import ArtifactFile
-from hqq_core.safetensors_file import build_header, write_file
+from hqq_core.safetensors_file import build_header, sha256_file, write_file
 from hqq_core.weighting import Weighting
 
 
-def write_folding(plan: Plan, energies: Energies | None, output: Path) -> list[ArtifactFile]:
-    """Write what weights were multiplied with, where any was; no files if none was.
+def write_folding(plan: Plan, energies: Energies, output: Path) -> None:
+    """Write what the weights of a plan are multiplied with, where any are, into its folder in `output`.
 
     The file is in safetensors' format: float32 vectors, each once; the metadata's `places` says, as JSON, which of them is that
     of "columns NAME" or "rows NAME".
@@ -26,7 +27,7 @@ def write_folding(plan: Plan, energies: Energies | None, output: Path) -> list[A
     vectors: dict[str, torch.Tensor] = {}
     homes: dict[bytes, str] = {}
     for shard in plan.shards:
-        weighting = Weighting.of(shard, energies)
+        weighting = Weighting.of(shard, energies if plan.recipe.weighted else None)
         for part, factors in (("columns", weighting.columns), ("rows", weighting.rows)):
             for name, vector in sorted(factors.items()):
                 place = f"{part} {name}"
@@ -34,8 +35,19 @@ def write_folding(plan: Plan, energies: Energies | None, output: Path) -> list[A
                 if places[place] == place:
                     vectors[place] = vector
     if not places:
-        return []
+        return
     layout = [(place, "F32", tuple(vector.shape)) for place, vector in vectors.items()]
     header, written = build_header(layout, {"places": json.dumps(places)})
     pieces = (vectors[place].numpy().tobytes() for place in written)
-    return [ArtifactFile(FOLDING, *write_file(output / FOLDING, itertools.chain([header], pieces)))]
+    (output / plan.folder).mkdir(exist_ok=True)
+    write_file(output / plan.folder / FOLDING, itertools.chain([header], pieces))
+
+
+def folding_files(plan: Plan, folder: Path) -> list[ArtifactFile]:
+    """What `write_folding` left in the folder of a plan; a CheckpointError where it should have and did not."""
+    if not any({"columns", "rows"} & set(tensor.folded) for tensor in plan.tensors):
+        return []
+    path = folder / FOLDING
+    if not path.is_file():
+        raise CheckpointError(f"{FOLDING}: the factors of the folds are not there: wanted what write_folding writes")
+    return [ArtifactFile(FOLDING, path.stat().st_size, sha256_file(path))]

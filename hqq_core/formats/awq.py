@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_inner_linear
 from hqq_core.packing import pack_dense
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
@@ -26,7 +26,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in a word's 0th,
 SCALED_FAMILIES = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "RefinedWebModel", "starcoder2")
 
 
-class AwqWriter:
+class AwqWriter(CheckpointWriter):
     """Writes each weight as qweight, qzeros and scales."""
 
     name = "awq"

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
 from hqq_core.architectures import Role
+from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import FormatError
+from hqq_core.formats.container import Container, Layout, Safetensors
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec, ScaleDtype
 from hqq_core.tensors import QuantizedTensor
 
-Layout = list[tuple[str, str, tuple[int, ...]]]  # (name, safetensors dtype, shape) of each stored tensor
+__all__ = [
+    "HALF_DTYPES",
+    "SCALE_DTYPES",
+    "CheckpointWriter",
+    "Layout",
+    "refuse",
+    "refuse_unless_inner_linear",
+    "refuse_unless_linear",
+]
 
 SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
@@ -23,10 +33,16 @@ HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32
 class CheckpointWriter(Protocol):
     """One output format. It refuses early, and the same input gives the same bytes.
 
-    A writer lays out one weight at a time; `convert` streams the weights through it, so no writer holds a model.
+    A writer lays out one weight at a time; `convert` streams the weights through it, so no writer holds a model. It inherits
+    safetensors files and copied tensors that stay as they are; a format that wants other files names its own `container`.
     """
 
     name: str
+    container: Container = Safetensors()
+
+    def of_model(self, checkpoint: Checkpoint) -> Self:
+        """The writer for this source; another one where names, order or files depend on its config or tokenizer."""
+        return self
 
     def check(self, recipe: Recipe) -> QuantSpec:
         """Settings for this recipe; FormatError names what the format or its readers cannot hold, and which could."""
@@ -45,6 +61,14 @@ class CheckpointWriter(Protocol):
 
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Tensors to store for the weight of `module`."""
+
+    def layout_copied(self, name: str, dtype: str, shape: tuple[int, ...]) -> Layout | None:
+        """What `encode_copied` will return for a tensor that is not quantized; None: its bytes, which are streamed."""
+        return None
+
+    def encode_copied(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tensors to store for one that is not quantized, under other names, in another type or order."""
+        return {name: tensor}
 
     def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """What config.json gets, by key; `copied` are the linear modules left as they were."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import SCALE_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import SCALE_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_linear
 from hqq_core.packing import pack_dense
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
@@ -31,7 +31,7 @@ EXPERT_FAMILIES = (
 )  # fmt: skip
 
 
-class CompressedTensorsWriter:
+class CompressedTensorsWriter(CheckpointWriter):
     """Writes each weight as weight_packed, weight_scale, weight_shape and, unless symmetric, weight_zero_point."""
 
     name = "compressed-tensors"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_inner_linear
 from hqq_core.packing import pack_dense
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
@@ -27,7 +27,7 @@ GROUP_SIZES = (32, 64, 128)
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
-class GptqWriter:
+class GptqWriter(CheckpointWriter):
     """Writes each weight as qweight, qzeros, scales and g_idx."""
 
     name = "gptq"

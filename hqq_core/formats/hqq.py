@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_linear
 from hqq_core.packing import STRIDED_PER_WORD, pack_strided
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import DTYPES, NAMES
@@ -25,7 +25,7 @@ from hqq_core.tensors import QuantizedTensor
 _PACKING = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 
 
-class HqqWriter:
+class HqqWriter(CheckpointWriter):
     """Writes each weight as HQQLinear's safetensors state dict."""
 
     name = "hqq"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import SCALE_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import SCALE_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_linear
 from hqq_core.formats.mlx import affine, affine_layout
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec
@@ -23,7 +23,7 @@ GROUP_SIZES = (32, 64, 128)
 PARTS = ("weight", "scales", "qbiases")
 
 
-class MetalWriter:
+class MetalWriter(CheckpointWriter):
     """Writes each weight as weight, scales and qbiases."""
 
     name = "metal"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import SCALE_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import SCALE_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_linear
 from hqq_core.packing import pack_dense
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
@@ -27,7 +27,7 @@ PARTS = ("weight", "scales", "biases")
 EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen2_moe")  # each loaded by mlx-lm in our tests
 
 
-class MlxWriter:
+class MlxWriter(CheckpointWriter):
     """Writes each weight as weight, scales and biases."""
 
     name = "mlx"

@@ -44,8 +44,8 @@ def run(
                     if progress:
                         progress(counted[0])
                 results.append(future.result())
-            if progress:
-                progress(counted[0])
+                if progress:
+                    progress(counted[0])
             return results
         except BaseException:
             stop.set()
