@@ -10,7 +10,7 @@ import torch
 
 from hqq_core.checkpoint import FOLDING
 from hqq_core.energy import Energies
-from hqq_core.errors import CheckpointError
+from hqq_core.errors import VerificationError
 from hqq_core.plan import Plan
 from hqq_core.results import ArtifactFile
 from hqq_core.safetensors_file import build_header, sha256_file, write_file
@@ -44,10 +44,10 @@ def write_folding(plan: Plan, energies: Energies, output: Path) -> None:
 
 
 def folding_files(plan: Plan, folder: Path) -> list[ArtifactFile]:
-    """What `write_folding` left in the folder of a plan; a CheckpointError where it should have and did not."""
+    """What `write_folding` left in the folder of a plan; a VerificationError where it should have and did not."""
     if not any({"columns", "rows"} & set(tensor.folded) for tensor in plan.tensors):
         return []
     path = folder / FOLDING
     if not path.is_file():
-        raise CheckpointError(f"{FOLDING}: the factors of the folds are not there: wanted what write_folding writes")
+        raise VerificationError(FOLDING, "written before, but gone")
     return [ArtifactFile(FOLDING, path.stat().st_size, sha256_file(path))]

@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -16,7 +15,7 @@ from structlog.contextvars import bound_contextvars
 from hqq_core import convert
 from hqq_core.checkpoint import MANIFEST
 from hqq_core.energy import Energies
-from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError
+from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError, VerificationError
 from hqq_core.plan import Plan, ShardPlan, build_plan
 from hqq_core.recipe import Recipe
 from hqq_core.results import ArtifactFile, ShardResult
@@ -33,6 +32,7 @@ from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat, Stop
 from worker.reaper import discard_files
 from worker.sources import open_source
+from worker.verification import verification
 from worker.workplace import Workplace
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -131,6 +131,7 @@ def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job
     cache = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
     found, cached = energies.obtain(checkpoint, plan, store.energies(claim.job_id), cache, heartbeat)
     plan = plan.with_energies(found)
+    convert.write_folding(plan, found, store.output(claim.job_id))
     store.write_plan(claim.job_id, plan.to_dict(), profiled=True)
     counts = Counter(tensor.energy or "none" for tensor in plan.tensors if tensor.spec)
     said = ", ".join(f"{count} {source}" for source, count in counts.most_common())
@@ -164,17 +165,18 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
 
 
 def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """Every written byte read once more; then index, config, report and, last, the manifest."""
+    """Index, config and report; then all of it read again and held against the source; last, the manifest."""
     plan = _final_plan(workplace, claim)
     output = workplace.store.output(claim.job_id)
     with workplace.database.read() as session:
         results = [ShardResult.from_dict(result) for result in repository.shard_results(session, claim.job_id)]
-    before = 0
-    for result in results:
-        _verify(plan, result, output, before, heartbeat)
-        before += sum(file.nbytes for file in result.files)
     checkpoint = open_source(claim.source, workplace.roots)
-    manifest = convert.finish_checkpoint(checkpoint, plan, results, output)
+    nbytes = sum(file.nbytes for result in results for file in result.files)
+    check = verification(checkpoint, nbytes, threads=workplace.settings.threads, progress=heartbeat.progress)
+    try:
+        manifest = convert.finish_checkpoint(checkpoint, plan, results, output, check=check)
+    except VerificationError as error:
+        raise ResultDamaged(f"what was written is not what was solved: {error}") from error
     written = output / MANIFEST
     last = ArtifactFile(written.name, written.stat().st_size, sha256_file(written))
     artifacts = [asdict(file) for file in (*manifest.files, last)]
@@ -217,12 +219,3 @@ def _read_energies(workplace: Workplace, claim: Claim, shard: ShardPlan) -> Ener
     except (EnergyError, OSError) as error:
         raise ResultDamaged(ENERGIES_DAMAGED) from error
     return found
-
-
-def _verify(plan: Plan, result: ShardResult, output: Path, before: int, heartbeat: Heartbeat) -> None:
-    try:
-        convert.verify_shard(
-            plan, result, output, progress=lambda nbytes_done: heartbeat.progress(before + nbytes_done)
-        )
-    except CheckpointError as error:
-        raise ResultDamaged(f"what was written is not what was solved: {error}") from error

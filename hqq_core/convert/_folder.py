@@ -1,4 +1,4 @@
-"""One output's folder: shards read back, and the files that make it a checkpoint."""
+"""One output's folder: the files that make it a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hqq_core.architectures import Role
 from hqq_core.checkpoint import CONFIG, MANIFEST, REPORT, Checkpoint
 from hqq_core.convert._progress import Counter, Progress
-from hqq_core.errors import CheckpointError
+from hqq_core.errors import VerificationError
 from hqq_core.folding import folding_files
 from hqq_core.formats import writer_of
 from hqq_core.formats.container import Layout, Part
@@ -27,27 +27,12 @@ WITH_POINTERS_TO_CODE = (
 )
 
 
-def verify_shard(plan: Plan, result: ShardResult, output: Path, *, progress: Progress | None = None) -> None:
-    """Read back what one plan made of a shard: headers sound, bytes as they were when written.
-
-    Raises
-    ------
-    CheckpointError
-        Names the file.
-    """
-    folder, container, done = output / plan.folder, writer_of(plan.recipe).container, Counter(progress)
-    for file in result.files:
-        _check_there(file, folder)
-        container.check(folder / file.name)
-        _check_hash(file, folder, done)
-
-
 def finished(plan: Plan, output: Path, *, progress: Progress | None = None) -> Manifest | None:
     """The manifest that an earlier run left, with its files read back; None where there is none, and all is still to do.
 
     Raises
     ------
-    CheckpointError
+    VerificationError
         Names a file that is not as it was when written.
     """
     folder, done = output / plan.folder, Counter(progress)
@@ -63,13 +48,13 @@ def finished(plan: Plan, output: Path, *, progress: Progress | None = None) -> M
 
 def _check_there(file: ArtifactFile, folder: Path) -> None:
     if not (folder / file.name).is_file():
-        raise CheckpointError(f"{file.name}: written before, but gone")
+        raise VerificationError(file.name, "written before, but gone")
 
 
 def _check_hash(file: ArtifactFile, folder: Path, done: Counter) -> None:
     digest = sha256_file(folder / file.name, done.add)
     if digest != file.sha256:
-        raise CheckpointError(f"{file.name}: sha256 {digest}: wanted {file.sha256}, as when it was written")
+        raise VerificationError(file.name, f"sha256 {digest}: wanted {file.sha256}, as when it was written")
 
 
 def finish_checkpoint(
@@ -96,6 +81,11 @@ def finish_checkpoint(
     Returns
     -------
     Manifest
+
+    Raises
+    ------
+    VerificationError
+        A file is gone that was written before.
     """
     results = sorted(results, key=lambda result: result.index)
     assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
@@ -105,6 +95,8 @@ def finish_checkpoint(
     layouts: dict[str, Layout] = {file.name: [] for result in results for file in result.files}
     for tensor in plan.tensors:
         layouts[tensor.file] += stored_tensors(tensor, writer)
+    for file in (file for result in results for file in result.files):
+        _check_there(file, folder)
     parts = [Part(file, layouts[file.name]) for result in results for file in result.files]
     weights, beside = writer.container.finish(checkpoint, parts, folder)
     metrics = metrics_of(plan, results, weights)

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqq_core.checkpoint import CONFIG, FOLDING, INDEX, REPORT, SINGLE, Checkpoint
+from hqq_core.checkpoint import CONFIG, FOLDING, REPORT, Checkpoint
 from hqq_core.errors import VerificationError
 from hqq_core.results import ArtifactFile, Manifest
 from hqq_core.verify._check import Count, check_copied, check_quantized
 from hqq_core.verify._expected import Expected, path_in, read_expected, read_json, read_manifest
+from hqq_core.verify._result import Result, SafetensorsResult
 from hqq_core.verify._source import Source
 from hqq_core.verify._threads import run
-from hqq_core.verify._weights import PIECE_NBYTES, StoredTensor, read_tensors
-from hqq_core.verify.readers import Module, Reader, reader_of
-
-WEIGHTS = ".safetensors"
+from hqq_core.verify._weights import PIECE_NBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +95,13 @@ def verify_folder(
         if (nbytes := files[file.name].stat().st_size) != file.nbytes:
             raise VerificationError(file.name, f"{nbytes} bytes: wanted {file.nbytes}")
     expected = read_expected(path_in(folder, REPORT))
-    stored = _stored_tensors(folder, files)
-    reader = reader_of(read_json(path_in(folder, CONFIG)))
+    result = SafetensorsResult.of(folder, files, read_json(path_in(folder, CONFIG)))
     against = Source.of(source, files.get(FOLDING)) if source else None
     if against:
         against.check(expected)
     # tensors first: where a file is not what it was, they say what in it
     checks = [
-        *_tensor_checks(expected, stored, reader, against),
+        *_tensor_checks(expected, result, against),
         *(_file_check(file, files) for file in manifest.files),
     ]
     total = _work(manifest, expected, against)
@@ -121,56 +118,18 @@ def verify_folder(
     )
 
 
-def _stored_tensors(folder: Path, files: dict[str, Path]) -> dict[str, StoredTensor]:
-    """All tensors of the weight files, where readers would look for them."""
-    for path in folder.glob(f"*{WEIGHTS}"):
-        if path.name not in files:
-            raise VerificationError(path.name, "weights that the manifest does not have: readers may load them")
-    stored: dict[str, StoredTensor] = {}
-    for name in sorted(name for name in files if name.endswith(WEIGHTS)):
-        for tensor in read_tensors(files[name]).values():
-            if tensor.name in stored:
-                raise VerificationError(tensor.name, f"in {name} and in {stored[tensor.name].path.name}")
-            stored[tensor.name] = tensor
-    found = {name: tensor.path.name for name, tensor in stored.items()}
-    wanted = read_json(files[INDEX]).get("weight_map") if INDEX in files else dict.fromkeys(found, SINGLE)
-    if found != wanted:
-        places = wanted if isinstance(wanted, dict) else {}
-        name = min(name for name in found.keys() | places.keys() if found.get(name) != places.get(name))
-        raise VerificationError(name, f"in {found.get(name)}: readers look for it in {places.get(name)}")
-    return stored
-
-
 def _tensor_checks(
-    expected: list[Expected], stored: dict[str, StoredTensor], reader: Reader, source: Source | None
+    expected: list[Expected], result: Result, source: Source | None
 ) -> list[Callable[[Count], float | None]]:
-    """One check for each tensor of the source; every stored tensor belongs to one of them."""
+    """One check for each tensor of the source; all that is stored belongs to one of them."""
     checks: list[Callable[[Count], float | None]] = []
-    left = dict(stored)
     for tensor in expected:
-        if not tensor.quantized:
-            (copied,) = _take(left, [tensor.name])
-            checks.append(functools.partial(check_copied, copied, tensor, source))
-            continue
-        found = _take(left, [f"{tensor.module}.{part}" for part in reader.parts])
-        module = Module(tensor.module, dict(zip(reader.parts, found, strict=True)))
-        checks.append(functools.partial(_check_module, reader, module, tensor, source))
-    if left:
-        raise VerificationError(min(left), f"in {left[min(left)].path.name}: no tensor of the source becomes it")
+        if tensor.quantized:
+            checks.append(functools.partial(check_quantized, result.weight(tensor), tensor, source))
+        else:
+            checks.append(functools.partial(check_copied, result.copy(tensor), tensor, source))
+    result.check_all_taken()
     return checks
-
-
-def _take(left: dict[str, StoredTensor], names: list[str]) -> list[StoredTensor]:
-    for name in names:
-        if name not in left:
-            raise VerificationError(name, "not in the weight files")
-    return [left.pop(name) for name in names]
-
-
-def _check_module(
-    reader: Reader, module: Module, expected: Expected, source: Source | None, count: Count
-) -> float | None:
-    return check_quantized(reader.read(module), expected, source, count)
 
 
 def _file_check(file: ArtifactFile, files: dict[str, Path]) -> Callable[[Count], None]:

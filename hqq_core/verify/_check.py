@@ -27,7 +27,9 @@ SUMMATION = 1e-4
 Count = Callable[[int], None]
 
 
-def check_quantized(matrix: Matrix, expected: Expected, source: Source | None, count: Count) -> float | None:
+def check_quantized(
+    read: Callable[[], Matrix], expected: Expected, source: Source | None, count: Count
+) -> float | None:
     """Digest and error of a weight; with a source, how far its relative error is from the reported one.
 
     Raises
@@ -35,6 +37,7 @@ def check_quantized(matrix: Matrix, expected: Expected, source: Source | None, c
     VerificationError
         Names the tensor.
     """
+    matrix = read()
     if matrix.shape != expected.shape:
         raise VerificationError(expected.name, f"shape {matrix.shape}: wanted {expected.shape}")
     n_rows, n_columns = math.prod(matrix.shape[:-1]), matrix.shape[-1]
