@@ -77,7 +77,7 @@ class VerificationError(HalfquadError):
         What was got and what was wanted.
     """
 
-    code = "result_unsound"
+    code = "result_damaged"
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from hqq_core.checkpoint import CONFIG
 from hqq_core.errors import VerificationError
 from hqq_core.verify._expected import Expected
 from hqq_core.verify._matrix import Matrix
@@ -37,7 +38,14 @@ def check_quantized(
     VerificationError
         Names the tensor.
     """
-    matrix = read()
+    try:
+        return _check_matrix(read(), expected, source, count)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of settings that no layout has
+        reason = f"{type(error).__name__}: {error}"
+        raise VerificationError(expected.name, f"cannot be read as {CONFIG} has it: {reason}") from error
+
+
+def _check_matrix(matrix: Matrix, expected: Expected, source: Source | None, count: Count) -> float | None:
     if matrix.shape != expected.shape:
         raise VerificationError(expected.name, f"shape {matrix.shape}: wanted {expected.shape}")
     n_rows, n_columns = math.prod(matrix.shape[:-1]), matrix.shape[-1]

@@ -260,6 +260,15 @@ class TestWriterBugs:
         )
         result.fails("_proj.weight_scale", r"shape \(64, 3\): wanted \(64, 6\)")
 
+    @pytest.mark.parametrize("value", [0, -1, 7, 10**9, None, "4", 4.5, [4]])
+    @pytest.mark.parametrize("setting", ["num_bits", "group_size"])
+    def test_settings_that_no_layout_has(self, result, setting, value):
+        def change(fields):
+            fields["quantization_config"]["config_groups"]["group_0"]["weights"][setting] = value
+
+        result.edit(CONFIG, change)
+        result.fails("_proj.weight", "wanted|cannot be read as config.json has it")
+
     def test_config_without_settings(self, result):
         result.edit(CONFIG, lambda fields: fields.pop("quantization_config"))
         result.fails(CONFIG, "no quantization_config that is understood")
