@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hqq_core import Checkpoint, Recipe, quantize_checkpoint, verify_folder
 from hqq_core.checkpoint import CONFIG, FOLDING, INDEX, MANIFEST, REPORT, SINGLE
 from hqq_core.errors import CheckpointError, VerificationError
-from hqq_core.formats import compressed_tensors, hqq
+from hqq_core.formats import FORMATS, compressed_tensors, hqq
 from hqq_core.packing import STRIDED_PER_WORD, pack_dense, pack_strided
 from hqq_core.safetensors_file import read_header, sha256_file
 from hqq_core.verify._bits import unpack_stream
@@ -104,6 +104,10 @@ def result(results, tmp_path) -> Result:
     return results["compressed-tensors"].copy(tmp_path)
 
 
+def test_every_format_has_a_reader_here():
+    assert {recipe.format for recipe in RECIPES.values()} == set(FORMATS)
+
+
 class TestSound:
     @pytest.mark.parametrize("name", RECIPES)
     def test_errors_against_the_source_are_the_reported_ones(self, results, name):
@@ -184,10 +188,11 @@ class TestSound:
 
 
 class TestFlips:
+    @settings(max_examples=settings().max_examples // 3)
     @given(st.data())
-    @pytest.mark.parametrize("hidden", [False, True], ids=["as it is", "the manifest agrees"])
     @pytest.mark.parametrize("name", RECIPES)
-    def test_any_flipped_bits_are_found_and_their_tensor_is_named(self, results, name, hidden, data):
+    def test_any_flipped_bits_are_found_and_their_tensor_is_named(self, results, name, data):
+        """Also where the manifest agrees, as it would after a writer's mistake."""
         result = results[name]
         path, entry = data.draw(st.sampled_from(sorted(result.entries.values(), key=lambda place: place[1].begin)))
         offset = data.draw(st.integers(entry.begin, entry.end - 1))
@@ -195,7 +200,7 @@ class TestFlips:
         manifest = (result.folder / MANIFEST).read_bytes()
         _flip(path, offset, mask)
         try:
-            if hidden:
+            if data.draw(st.booleans()):
                 result.rehash()
             with pytest.raises(VerificationError) as caught:
                 result.verify(alone=data.draw(st.booleans()))
