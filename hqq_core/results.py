@@ -39,7 +39,7 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True)
 class CopiedTensor:
-    """A tensor that was not quantized; `digest` is the hex SHA-256 of the bytes that were written."""
+    """A tensor that was not quantized; `digest` is the hex SHA-256 of what was written for it."""
 
     name: str
     digest: str

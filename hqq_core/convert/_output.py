@@ -63,12 +63,14 @@ class ShardOutput:
         """A whole tensor that is not quantized."""
         stored = self._writer.encode_copied(tensor.name, value) if self.encodes(tensor) else {tensor.name: value}
         self._write(tensor, stored)
+        digest = hashlib.sha256()
+        for part in stored.values():
+            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        self.note(CopiedTensor(tensor.name, digest.hexdigest()))
 
     def fold(self, tensor: TensorPlan) -> None:
         """A tensor that takes up a fold and is not quantized: its values as they become."""
-        values = self.weighting.values[tensor.name]
-        self.copy(tensor, values)
-        self.note(CopiedTensor(tensor.name, sha256(values)))
+        self.copy(tensor, self.weighting.values[tensor.name])
 
     def quantized(self, tensor: TensorPlan, quantized: QuantizedTensor) -> None:
         """A tensor as it was solved."""
@@ -108,8 +110,3 @@ class ShardOutput:
             digest = self._part.close()
             self._files.append(ArtifactFile(self._name, self._part.nbytes, digest))
             self._part = None
-
-
-def sha256(values: torch.Tensor) -> str:
-    """Hex SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(values.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hqq_core.checkpoint import Checkpoint, ShardReader
-from hqq_core.convert._output import ShardOutput, sha256
+from hqq_core.convert._output import ShardOutput
 from hqq_core.convert._progress import Counter, Progress
 from hqq_core.energy import Energies
 from hqq_core.errors import CheckpointError
@@ -126,11 +126,9 @@ def _copy(work: Work, reader: ShardReader, done: Counter) -> None:
 def _convert(work: Work, W: torch.Tensor, threads: int | None, done: Counter, aside: ThreadPoolExecutor) -> None:
     """A tensor in memory: copies of it first, then what is solved, one result at a time, hashed while it is written."""
     _fold(work)
-    if copying := [(output, tensor) for output, tensor in work if tensor.spec is None and not tensor.folded]:
-        copied = CopiedTensor(work[0][1].name, sha256(W))
-        for output, tensor in copying:
+    for output, tensor in work:
+        if tensor.spec is None and not tensor.folded:
             output.copy(tensor, W)
-            output.note(copied)
     problems = list(dict.fromkeys(tensor.problem for _, tensor in work if tensor.spec))
     for problem in problems:
         asking = [(output, tensor) for output, tensor in work if tensor.problem == problem]
