@@ -20,7 +20,7 @@ from hqq_core.formats import FORMATS, compressed_tensors, hqq
 from hqq_core.packing import STRIDED_PER_WORD, pack_dense, pack_strided
 from hqq_core.safetensors_file import read_header, sha256_file
 from hqq_core.verify._bits import unpack_stream
-from tests.checkpoints import llama_config, save_checkpoint, save_llama
+from tests.checkpoints import llama_config, llama_tensors, save_checkpoint
 
 RECIPES = {
     "compressed-tensors": Recipe(),
@@ -34,6 +34,8 @@ RECIPES = {
     "metal 2": Recipe(format="metal", nbits=2),
     "awq": Recipe(format="awq"),
     "gptq": Recipe(format="gptq"),
+    "humming 7": Recipe(format="humming", nbits=7),
+    "bitnet": Recipe(format="bitnet", nbits=1.58, group_size=None),
 }
 Q, K = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
 
@@ -87,7 +89,10 @@ class Result:
 
 
 def make(folder: Path, recipe: Recipe, n_shards: int = 1) -> Result:
-    source = save_llama(folder / "source", layers=1, n_shards=n_shards)
+    tensors = llama_tensors(1)
+    if recipe.format == "bitnet":  # which holds what was trained ternary alone
+        tensors |= {name: tensor.sign() * 0.02 for name, tensor in tensors.items() if "_proj" in name}
+    source = save_checkpoint(folder / "source", tensors, llama_config(1), n_shards)
     quantize_checkpoint(source, folder / "result", recipe)
     return Result(source, folder / "result")
 
@@ -126,8 +131,10 @@ class TestSound:
             Recipe(format="hqq", nbits=6, group_size=None),
             Recipe(format="hqq", nbits=8, group_size=8, zero="int", axis=0),
             Recipe(nbits=5, group_size=32),
+            Recipe(nbits=7, group_size=32),
             Recipe(nbits=3, group_size=32, zero="none"),
             Recipe(format="mlx", nbits=5, group_size=32),
+            Recipe(format="mlx", nbits=1, group_size=32),
             Recipe(format="awq"),
             Recipe(format="gptq", nbits=8, group_size=32),
         ],

@@ -9,17 +9,21 @@ from hqq_core.errors import VerificationError
 from hqq_core.verify.readers._module import Module, Reader
 from hqq_core.verify.readers.affine import AffineReader
 from hqq_core.verify.readers.awq import AwqReader
+from hqq_core.verify.readers.bitnet import BitnetReader
 from hqq_core.verify.readers.compressed_tensors import CompressedTensorsReader
 from hqq_core.verify.readers.gptq import GptqReader
 from hqq_core.verify.readers.hqq import HqqReader
+from hqq_core.verify.readers.humming import HummingReader
 
 __all__ = ["Module", "Reader", "reader_of"]
 
 READERS: dict[str, Callable[[dict[str, Any]], Reader]] = {
     "awq": AwqReader.of,
+    "bitnet": BitnetReader.of,
     "compressed-tensors": CompressedTensorsReader.of,
     "gptq": GptqReader.of,
     "hqq": HqqReader.of,
+    "humming": HummingReader.of,
     "metal": AffineReader.of_metal,
     "mlx": AffineReader.of_mlx,
 }
