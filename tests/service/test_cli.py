@@ -187,7 +187,7 @@ def test_options_reach_the_recipe(tmp_path: Path, halfquad: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--nbits", "7"], "nbits"),
+        (["--nbits", "9"], "nbits"),
         (["--group-size", "48"], "group_size 48"),
         (["--group-size", "some"], "--group-size"),
         (["--format", "typo"], "typo"),
