@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hqq_core.checkpoint import INDEX, SINGLE
+from hqq_core.checkpoint import CONFIG, INDEX, SINGLE
 from hqq_core.errors import VerificationError
 from hqq_core.verify._expected import Expected, read_json
 from hqq_core.verify._matrix import Matrix
 from hqq_core.verify._weights import StoredTensor, read_tensors
-from hqq_core.verify.readers import Module, Reader, reader_of
+from hqq_core.verify.readers import Module, Reader, left_alone, reader_of
 
 WEIGHTS = ".safetensors"
 
@@ -40,10 +40,13 @@ class SafetensorsResult:
     left : dict of str to StoredTensor
         What has not been taken yet.
     reader : Reader
+    left_alone : frozenset of str
+        Modules that the config tells readers not to look for.
     """
 
     left: dict[str, StoredTensor]
     reader: Reader
+    left_alone: frozenset[str]
 
     @classmethod
     def of(cls, folder: Path, files: dict[str, Path], config: dict[str, Any]) -> SafetensorsResult:
@@ -58,10 +61,13 @@ class SafetensorsResult:
                     raise VerificationError(tensor.name, f"in {name} and in {stored[tensor.name].path.name}")
                 stored[tensor.name] = tensor
         _check_index(stored, files)
-        return cls(stored, reader_of(config))
+        return cls(stored, reader_of(config), left_alone(config))
 
     def weight(self, tensor: Expected) -> Callable[[], Matrix]:
         """All tensors of its module that a reader of the format wants."""
+        names = tensor.module.split(".")
+        if not self.left_alone.isdisjoint(".".join(names[i:]) for i in range(len(names))):
+            raise VerificationError(tensor.name, f"quantized: {CONFIG} tells readers to leave it alone")
         found = {part: self._take(f"{tensor.module}.{part}") for part in self.reader.parts}
         return functools.partial(self.reader.read, Module(tensor.module, found))
 

@@ -272,6 +272,11 @@ class TestWriterBugs:
         )
         result.fails("_proj.weight_scale", r"shape \(64, 3\): wanted \(64, 6\)")
 
+    @pytest.mark.parametrize("name", [Q.removesuffix(".weight"), "q_proj"])
+    def test_config_that_tells_readers_to_leave_a_quantized_layer_alone(self, result, name):
+        result.edit(CONFIG, lambda fields: fields["quantization_config"]["ignore"].append(name))
+        result.fails(Q, "leave it alone")
+
     @pytest.mark.parametrize("value", [0, -1, 7, 10**9, None, "4", 4.5, [4]])
     @pytest.mark.parametrize("setting", ["num_bits", "group_size"])
     def test_settings_that_no_layout_has(self, result, setting, value):

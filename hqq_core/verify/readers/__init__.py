@@ -15,7 +15,7 @@ from hqq_core.verify.readers.gptq import GptqReader
 from hqq_core.verify.readers.hqq import HqqReader
 from hqq_core.verify.readers.humming import HummingReader
 
-__all__ = ["Module", "Reader", "reader_of"]
+__all__ = ["Module", "Reader", "left_alone", "reader_of"]
 
 READERS: dict[str, Callable[[dict[str, Any]], Reader]] = {
     "awq": AwqReader.of,
@@ -27,6 +27,13 @@ READERS: dict[str, Callable[[dict[str, Any]], Reader]] = {
     "metal": AffineReader.of_metal,
     "mlx": AffineReader.of_mlx,
 }
+LEFT_ALONE = ("ignore", "modules_to_not_convert", "skip_modules")  # one of them in each layout
+
+
+def left_alone(config: dict[str, Any]) -> frozenset[str]:
+    """Modules that a config.json tells readers not to look for: full names, or last parts of them."""
+    lists = (config["quantization_config"].get(key) for key in LEFT_ALONE)
+    return frozenset(str(name) for names in lists if isinstance(names, list) for name in names)
 
 
 def reader_of(config: dict[str, Any]) -> Reader:
