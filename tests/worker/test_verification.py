@@ -10,8 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hqq_core.checkpoint import MANIFEST
-from hqq_core.convert import _shard
-from hqq_core.formats import hqq
+from hqq_core.formats import base, hqq
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import read_header
 from service.common.models import Job
@@ -65,13 +64,13 @@ def test_writer_that_packs_wrongly(
 def test_solver_that_reports_another_error(
     foreman: Foreman, workplace: Workplace, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = _shard.quantize
+    solve = base.quantize
 
     def boast(*args: Any, **settings: Any) -> Any:
         solved = solve(*args, **settings)
         return dataclasses.replace(solved, squared_error=0.9 * solved.squared_error)
 
-    monkeypatch.setattr(_shard, "quantize", boast)
+    monkeypatch.setattr(base, "quantize", boast)
     message = failed(foreman, workplace, foreman.submit(source, HQQ, max_attempts=1))
     assert "_proj.weight: error" in message
     assert "against the source" in message
