@@ -20,11 +20,11 @@ from hqq_core import (
     quantize_shard,
 )
 from hqq_core.checkpoint import MANIFEST, REPORT
-from hqq_core.convert import finished, verify_shard
-from hqq_core.errors import CheckpointError, FormatError, SpecError, StorageFullError
-from hqq_core.formats import FORMATS
+from hqq_core.convert import finished
+from hqq_core.errors import FormatError, SpecError, StorageFullError, VerificationError
+from hqq_core.formats import FORMATS, settled
 from hqq_core.plan import Plan
-from tests.checkpoints import folder_bytes, llama_tensors, save_llama
+from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.onefile import RESULT, OneFileWriter, read_one_file
 from tests.oracles import stored_tensors
 
@@ -102,6 +102,24 @@ def test_what_is_solved_alike_is_solved_once(tmp_path, solved, recipes, solves):
     assert set(Counter(solved).values()) == {solves}
 
 
+def test_formats_that_solve_otherwise_share_nothing_though_all_settings_agree(tmp_path):
+    def ternary(name, W):
+        return ((W.float() / 0.02).round().clamp(-1, 1) * 0.02).to(W.dtype) if name.endswith("_proj.weight") else W
+
+    tensors = {name: ternary(name, W) for name, W in llama_tensors().items()}
+    source = save_checkpoint(tmp_path / "m", tensors, llama_config())
+    kept = Recipe(format="bitnet", nbits=1.58, group_size=None, preset="best")  # which has no energy and no folds
+    solved = Recipe(format="hqq", nbits=1.58, group_size=None, zero="none", preset="best", energy="none", fold=False)
+    for i, recipes in enumerate([(kept, solved), (solved, kept), (MLX, kept), (kept, MLX)]):
+        out = tmp_path / str(i)
+        quantize_checkpoint(source, out, *recipes)
+        again = build_plans(Checkpoint.open(source), [settled(recipe) for recipe in recipes])
+        for recipe, folder in zip(recipes, output_folders(recipes), strict=True):
+            quantize_checkpoint(source, out / f"{folder}-alone", recipe)
+            assert folder_bytes(out / folder) == folder_bytes(out / f"{folder}-alone")
+        assert tuple(plan.folder for plan in again) == output_folders(recipes)
+
+
 def test_what_only_one_recipe_folds_is_solved_twice(tmp_path, solved):
     source = save_llama(tmp_path / "m")
     quantize_checkpoint(source, tmp_path / "out", MLX, Recipe(format="mlx", fold=False))
@@ -157,7 +175,7 @@ def test_folders_are_named_after_recipes():
             [MLX, PACKED, Recipe(format="mlx", skip_modules=("q_proj",))],
             SpecError, "skip_modules", 2, "mlx-4bit-g64 is another recipe's, which differs in skip_modules alone",
         ),
-        ([MLX, Recipe(energy="none")], SpecError, "energy", 1, "energy 'none': wanted 'auto'"),
+        ([MLX, Recipe(energy="none")], SpecError, "energy", 1, "energy 'none': wanted 'auto', as a recipe before has it"),
         ([MLX, Recipe(format="mlx", nbits=7)], FormatError, "nbits", 1, "nbits 7: format 'mlx' holds"),
         ([MLX, Recipe(format="../mlx")], FormatError, "format", 1, "format '../mlx': wanted one of"),
     ],
@@ -209,8 +227,6 @@ def test_a_finish_that_was_cut_off_gives_the_same_bytes_when_it_runs_again(tmp_p
         finish_checkpoint(checkpoint, plan, results, output)
     assert (output / RESULT).is_file()
     assert finished(plan, output) is None
-    for result in results:
-        verify_shard(plan, result, output)
     with cut_off(monkeypatch, "_remove_parts"):  # a manifest, but parts beside it
         finish_checkpoint(checkpoint, plan, results, output)
     assert parts.keys() < {path.name for path in output.iterdir()}
@@ -221,7 +237,7 @@ def test_a_finish_that_was_cut_off_gives_the_same_bytes_when_it_runs_again(tmp_p
     raw = bytearray((output / RESULT).read_bytes())
     raw[-1] ^= 1
     (output / RESULT).write_bytes(raw)
-    with pytest.raises(CheckpointError, match="model.one: sha256 .*: wanted .*, as when it was written"):
+    with pytest.raises(VerificationError, match="model.one: sha256 .*: wanted .*, as when it was written"):
         finished(plan, output)
 
 
