@@ -1,0 +1,113 @@
+"""Which block type each tensor of a file type gets, by the rules of llama.cpp's quantizer (src/llama-quant.cpp, v0.5).
+
+A file type such as Q4_K_M names a mix: most matrices get its main block type, and those that suffer most get more bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Main block type of each file type; `Q3_K`, `Q4_K` and `Q5_K` are llama.cpp's short names for their middle sizes.
+MAIN_TYPES = {
+    "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0", "TQ2_0": "TQ2_0", "Q2_K": "Q2_K",
+    "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K",
+    "Q6_K": "Q6_K",
+}  # fmt: skip
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+FILE_TYPES = (*MAIN_TYPES, *ALIASES)
+
+SUPERBLOCK = 256  # columns that a block of these is made of; of the others 32
+BLOCK = 32
+_SUPERBLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0")
+# What takes their place where the columns fill no superblock.
+_FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A file type in one model.
+
+    Parameters
+    ----------
+    file_type : str
+        One of FILE_TYPES.
+    n_layers : int
+    grouped : int
+        Query heads that share a key head.
+    tied : bool
+        The embedding is the output head, too.
+    large : bool
+        A model that llama.cpp takes for one of 70B parameters, whose attn_v is small beside the rest.
+    """
+
+    file_type: str
+    n_layers: int
+    grouped: int
+    tied: bool
+    large: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file type by its full name."""
+        return ALIASES.get(self.file_type, self.file_type)
+
+    def block_type(self, name: str, columns: int) -> str | None:
+        """Block type of a matrix by its GGUF name, such as `blk.0.attn_v.weight`; None: its columns fill no block."""
+        kind, layer = _kind(name)
+        wanted = self._wanted(kind, layer, columns)
+        if columns % _size(wanted):
+            wanted = _FALLBACKS.get(wanted, wanted)
+        return None if columns % _size(wanted) else wanted
+
+    def _wanted(self, kind: str, layer: int, columns: int) -> str:
+        main = MAIN_TYPES[self.name]
+        if kind == "output" or (kind == "token_embd" and self.tied):
+            return "Q8_0" if columns % _size(main) or main == "Q8_0" else "Q6_K"
+        if kind == "token_embd":
+            return "Q4_K" if main == "TQ2_0" else main
+        if kind in ("attn_v", "attn_qkv"):
+            found = self._value(layer)
+            return "Q5_K" if self.large and found in ("Q3_K", "Q4_K") else found
+        if kind == "ffn_down":
+            return self._down(layer)
+        if kind == "attn_output":
+            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.name, main)
+        return main
+
+    def _value(self, layer: int) -> str:
+        """Values are what attention lets through; the projection that gives them, alone or with queries and keys."""
+        chosen = {
+            "Q2_K": "Q4_K" if self.grouped >= 4 else "Q3_K",
+            "Q3_K_M": "Q5_K" if layer < 2 else "Q4_K",
+            "Q3_K_L": "Q5_K",
+            "Q4_K_S": "Q5_K" if layer < 4 else "Q4_K",
+            "Q4_K_M": "Q6_K" if self._more_bits(layer) else "Q4_K",
+            "Q5_K_M": "Q6_K" if self._more_bits(layer) else "Q5_K",
+        }
+        return chosen.get(self.name, MAIN_TYPES[self.name])
+
+    def _down(self, layer: int) -> str:
+        chosen = {
+            "Q2_K": "Q3_K",
+            "Q3_K_M": "Q5_K" if layer < self.n_layers // 16 else "Q4_K",
+            "Q3_K_L": "Q5_K",
+            "Q4_K_S": "Q5_K" if layer < self.n_layers // 8 else "Q4_K",
+            "Q4_K_M": "Q6_K" if self._more_bits(layer) else "Q4_K",
+            "Q5_K_M": "Q6_K" if self._more_bits(layer) else "Q5_K",
+        }
+        return chosen.get(self.name, MAIN_TYPES[self.name])
+
+    def _more_bits(self, layer: int) -> bool:
+        """The first and last eighth of the layers, and every third between."""
+        eighth = self.n_layers // 8
+        return layer < eighth or layer >= 7 * self.n_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _size(block_type: str) -> int:
+    return SUPERBLOCK if block_type in _SUPERBLOCKS else BLOCK
+
+
+def _kind(name: str) -> tuple[str, int]:
+    """(attn_v, 3) of `blk.3.attn_v.weight`; layer -1 outside the layers."""
+    parts = name.split(".")
+    return (parts[2], int(parts[1])) if parts[0] == "blk" else (parts[0], -1)
