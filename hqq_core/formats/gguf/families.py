@@ -55,7 +55,7 @@ FAMILIES = {
     "mistral": Family("LLAMA", permuted=True),
     "qwen2": Family("QWEN2"),
     "qwen3": Family("QWEN3"),
-    "gemma": Family("GEMMA", _GELU, norm_offset=1.0),
+    "gemma": Family("GEMMA", (*_GELU, "gelu"), norm_offset=1.0),
     "gemma2": Family("GEMMA2", _GELU, norm_offset=1.0, windows=2),
     "gemma3_text": Family("GEMMA3", _GELU, norm_offset=1.0, windows=6),
     "phi3": Family("PHI3"),

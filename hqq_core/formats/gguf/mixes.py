@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hqq_core.formats.gguf.blocks import BLOCK_TYPES
+
 # Main block type of each file type; `Q3_K`, `Q4_K` and `Q5_K` are llama.cpp's short names for their middle sizes.
 MAIN_TYPES = {
     "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0", "TQ2_0": "TQ2_0", "Q2_K": "Q2_K",
@@ -16,10 +18,7 @@ MAIN_TYPES = {
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 FILE_TYPES = (*MAIN_TYPES, *ALIASES)
 
-SUPERBLOCK = 256  # columns that a block of these is made of; of the others 32
-BLOCK = 32
-_SUPERBLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0")
-# What takes their place where the columns fill no superblock.
+# What takes their place where the columns fill no super-block.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -104,7 +103,7 @@ class Mix:
 
 
 def _size(block_type: str) -> int:
-    return SUPERBLOCK if block_type in _SUPERBLOCKS else BLOCK
+    return BLOCK_TYPES[block_type].block_size
 
 
 def _kind(name: str) -> tuple[str, int]:
