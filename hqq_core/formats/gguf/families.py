@@ -34,16 +34,6 @@ class Family:
     norm_offset: float = 0.0
     windows: int = 0
 
-    def arranged(self, name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-        """Rows of a tensor, by its source name, in the order that llama.cpp wants them."""
-        parts = name.split(".")
-        if not self.permuted or parts[-2] not in ("q_proj", "k_proj"):
-            return tensor
-        key = "num_attention_heads" if parts[-2] == "q_proj" else "num_key_value_heads"
-        n_heads = config.get(key) or config["num_attention_heads"]
-        halves = tensor.reshape(n_heads, 2, tensor.shape[0] // n_heads // 2, *tensor.shape[1:])
-        return halves.swapaxes(1, 2).reshape(tensor.shape)
-
     def gain(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of one axis as float32, and with the offset where it is a norm's gain."""
         return tensor.float() + (self.norm_offset if name.endswith("norm.weight") else 0.0)

@@ -7,17 +7,20 @@ do not know are refused, which a converter that merely leaves them out would get
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import CheckpointError, FormatError
 from hqq_core.formats.gguf.families import Family, family_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+_LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9._-]+)", re.MULTILINE)
 _LARGEST_GEMMAS = {"GEMMA2": 46, "GEMMA3": 62}  # layers of the 27B models, whose queries llama.cpp scales in another way
 _UNROTATED = ("default", "llama3", "linear", "yarn", "longrope", "su")
 
@@ -80,6 +83,26 @@ class Model:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"config.json: {key} {value!r}: wanted a whole number above 0")
         return value
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the family."""
+        from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
+
+        return MODEL_ARCH_NAMES[MODEL_ARCH[self.family.architecture]]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the output head, too."""
+        return bool(self.config.get("tie_word_embeddings", self.family.norm_offset))  # Gemma's are unless said
+
+    def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor, by its source name, with its rows in the order that llama.cpp wants them."""
+        heads = {"q_proj": self.n_heads, "k_proj": self.n_kv_heads}.get(name.split(".")[-2])
+        if not self.family.permuted or heads is None:
+            return tensor
+        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
 
     @property
     def n_layers(self) -> int:
@@ -214,6 +237,8 @@ class Model:
         self._require("hidden_act", activation, activation in self.family.activation, self.family.activation)
         if self.family.architecture != "PHI3":
             self._require("partial_rotary_factor", self.rotated, self.rotated == self.head_size, "1, all of a head")
+        if self.family.norm_offset:
+            self._require("tie_word_embeddings", self.tied, self.tied, "true")
         if self.family.windows:
             self._check_windows()
         elif self.config.get("use_sliding_window"):
@@ -239,3 +264,27 @@ class Model:
     def _require(key: str, got: object, ok: bool, wanted: object) -> None:
         if not ok:
             raise FormatError("format", f"config.json: {key} {got!r}: llama.cpp computes with {wanted} alone")
+
+
+def add_general(writer: GGUFWriter, checkpoint: Checkpoint, file_type: str) -> None:
+    """Keys of any model: what it is called, whose it is, and how it was quantized."""
+    from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
+
+    writer.add_type(GGUFType.MODEL)
+    name = checkpoint.config.get("_name_or_path")
+    if isinstance(name, str) and name:
+        writer.add_name(name.rstrip("/").rpartition("/")[2])
+    if licence := _licence(checkpoint):
+        writer.add_license(licence)
+    writer.add_quantized_by("Halfquad")
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{file_type}"])
+
+
+def _licence(checkpoint: Checkpoint) -> str | None:
+    """As the front matter of the model card has it."""
+    if not (checkpoint.folder / "README.md").is_file():
+        return None
+    text = b"".join(checkpoint.file_pieces("README.md")).decode(errors="replace")
+    found = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    return found.group(1) if found else None
