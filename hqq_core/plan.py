@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hqq_core.architectures import QUANTIZED, Role, role, ties_head
+from hqq_core.architectures import Role, role, ties_head
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
@@ -268,11 +268,11 @@ def _plan_tensor(
     entry: TensorEntry, shard: str, checkpoint: Checkpoint, recipe: Recipe, spec: QuantSpec, writer: CheckpointWriter
 ) -> TensorPlan:
     kind = role(entry.name, entry.shape, checkpoint.config)
-    reason = _why_copied(entry, kind, recipe, spec, writer, checkpoint)
+    own = writer.tensor_spec(spec, entry.name, entry.shape, entry.dtype) if _solvable(entry) else spec
+    reason = _why_copied(entry, kind, recipe, own, writer, checkpoint)
     nbytes = tensor_nbytes(entry.dtype, entry.shape)
     tensor = TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", None, reason or kind.value, nbytes, nbytes)
     if reason is None:
-        own = writer.tensor_spec(spec, entry.dtype)
         tensor = dataclasses.replace(tensor, spec=own, energy="none", preset=recipe.preset)
     return dataclasses.replace(tensor, nbytes_out=writer.container.nbytes(stored_tensors(tensor, writer)))
 
@@ -285,7 +285,7 @@ def _why_copied(
     if _named(module, recipe.skip_modules):
         return "skip_modules names it"
     asked = entry.name.endswith(".weight") and _named(module, recipe.include_modules)
-    if not asked and kind not in QUANTIZED:
+    if not asked and kind not in writer.quantized:
         return str(kind.value)
     reason = _obstacle(entry, kind, spec, writer)
     if asked and kind is Role.HEAD and ties_head(checkpoint.config):
@@ -297,13 +297,17 @@ def _why_copied(
 
 def _obstacle(entry: TensorEntry, kind: Role, spec: QuantSpec, writer: CheckpointWriter) -> str | None:
     """What keeps a tensor from being quantized, whoever asks."""
-    if DTYPES[entry.dtype] not in SOLVABLE_DTYPES:
+    if not _solvable(entry):
         return f"dtype {entry.dtype} is not solved"
     try:
         resolve_group_size(entry.shape, spec)
     except SpecError as error:
         return str(error)
     return writer.refusal(kind, entry.shape, spec)
+
+
+def _solvable(entry: TensorEntry) -> bool:
+    return DTYPES[entry.dtype] in SOLVABLE_DTYPES
 
 
 def _named(module: str, names: Iterable[str]) -> bool:

@@ -6,6 +6,7 @@ from hqq_core.errors import FormatError
 from hqq_core.formats.awq import AwqWriter
 from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
+from hqq_core.formats.gguf import GgufWriter
 from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
 from hqq_core.formats.metal import MetalWriter
@@ -22,6 +23,7 @@ FORMATS: dict[str, CheckpointWriter] = {
         AwqWriter(),
         GptqWriter(),
         MetalWriter(),
+        GgufWriter(),
     )
 }
 
@@ -35,4 +37,4 @@ def writer_of(recipe: Recipe) -> CheckpointWriter:
     """The writer that the recipe names; a FormatError lists those there are."""
     if recipe.format not in FORMATS:
         raise FormatError("format", f"format {recipe.format!r}: wanted one of {', '.join(FORMATS)}")
-    return FORMATS[recipe.format]
+    return FORMATS[recipe.format].of_recipe(recipe)

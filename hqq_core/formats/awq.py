@@ -54,7 +54,7 @@ class AwqWriter(CheckpointWriter):
             wanted = "no family that scales activations; format 'compressed-tensors' holds it"
             raise refuse(self, "format", config["model_type"], wanted)
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Scales in the model's own type, which readers round them to; half precision, which is all they compute in."""
         return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
 

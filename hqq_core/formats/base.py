@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from hqq_core.architectures import Role
+from hqq_core.architectures import QUANTIZED, Role
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import FormatError
 from hqq_core.formats.container import Container, Layout, Safetensors
@@ -39,6 +39,11 @@ class CheckpointWriter(Protocol):
 
     name: str
     container: Container = Safetensors()
+    quantized: tuple[Role, ...] = QUANTIZED  # unless a recipe says otherwise
+
+    def of_recipe(self, recipe: Recipe) -> Self:
+        """The writer for this recipe; another one where names or types depend on it."""
+        return self
 
     def of_model(self, checkpoint: Checkpoint) -> Self:
         """The writer for this source; another one where names, order or files depend on its config or tokenizer."""
@@ -50,8 +55,8 @@ class CheckpointWriter(Protocol):
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """FormatError where no reader of this format takes a model with such tensors and such a config.json."""
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """`spec` with scale and zero as stored beside a source of safetensors type `dtype`."""
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
+        """`spec` for one tensor, with scale and zero as stored beside a source of safetensors type `dtype`."""
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Why this tensor cannot be stored quantized, or None."""

@@ -53,7 +53,7 @@ class GptqWriter(CheckpointWriter):
         if Role.LINEAR in copied:
             raise refuse(self, "format", "unquantized linear layers", "none; format 'compressed-tensors' holds some")
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Scales in the model's own type, which readers round them to; half precision, which is all they compute in."""
         return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
 

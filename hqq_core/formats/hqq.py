@@ -42,7 +42,7 @@ class HqqWriter(CheckpointWriter):
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """Any."""
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Scale and zero as the reader will cast them; half precision holds both for a float32 model, at half the bytes."""
         return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
 

@@ -46,7 +46,7 @@ class MetalWriter(CheckpointWriter):
         if Role.EXPERT in quantized | copied:
             raise refuse(self, "format", "mixture of experts", "none; formats 'mlx' and 'compressed-tensors' hold some")
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Scales and offsets in the model's own type, which the reader casts them to."""
         return dataclasses.replace(spec, scale_dtype=SCALE_DTYPES[dtype])
 

@@ -51,7 +51,7 @@ class MlxWriter(CheckpointWriter):
             wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
             raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Scales and biases in the model's own type: a wider one would widen all that is computed with them."""
         return dataclasses.replace(spec, scale_dtype=SCALE_DTYPES[dtype])
 

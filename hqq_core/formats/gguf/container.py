@@ -1,7 +1,7 @@
 """The file of format `gguf`: shards write parts, and what they hold becomes one file, header first, in one pass.
 
-Format: ggml's docs/gguf.md, version 3. A part is a safetensors file of bytes, which is checked as one. Tensors of the result are in
-the order of their layers, whatever the shards of the source, so the same model gives the same file.
+Format: ggml's docs/gguf.md, version 3. A part is a safetensors file of bytes, which is checked as one. Tensors of the result are
+in the order of their layers, whatever the shards of the source, so the same model gives the same file.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class GgufContainer:
         self, checkpoint: Checkpoint, parts: Sequence[Part], folder: Path
     ) -> tuple[list[ArtifactFile], list[ArtifactFile]]:
         """Header and parts in one file."""
-        places = {}
+        places: dict[str, tuple[Path, TensorEntry]] = {}
         for part in parts:
             with (folder / part.file.name).open("rb") as file:
                 found = read_header(file.fileno(), part.file.name)

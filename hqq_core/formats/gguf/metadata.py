@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9._-]+)", re.MULTILINE)
-_LARGEST_GEMMAS = {"GEMMA2": 46, "GEMMA3": 62}  # layers of the 27B models, whose queries llama.cpp scales in another way
+_LARGEST_GEMMAS = {
+    "GEMMA2": 46,
+    "GEMMA3": 62,
+}  # layers of the 27B models, whose queries llama.cpp scales in another way
 _UNROTATED = ("default", "llama3", "linear", "yarn", "longrope", "su")
 
 
@@ -243,7 +246,9 @@ class Model:
             self._check_windows()
         elif self.config.get("use_sliding_window"):
             first = self.config.get("max_window_layers", 0)
-            self._require("max_window_layers", first, first >= self.n_layers, f"{self.n_layers}, no layer with a window,")
+            self._require(
+                "max_window_layers", first, first >= self.n_layers, f"{self.n_layers}, no layer with a window,"
+            )
         if self.family.architecture != "LLAMA":
             for key in ("attention_bias", "mlp_bias"):
                 self._require(key, self.config.get(key), not self.config.get(key), "false")

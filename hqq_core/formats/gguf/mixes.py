@@ -8,15 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES
-
-# Main block type of each file type; `Q3_K`, `Q4_K` and `Q5_K` are llama.cpp's short names for their middle sizes.
-MAIN_TYPES = {
-    "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0", "TQ2_0": "TQ2_0", "Q2_K": "Q2_K",
-    "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K",
-    "Q6_K": "Q6_K",
-}  # fmt: skip
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-FILE_TYPES = (*MAIN_TYPES, *ALIASES)
+from hqq_core.formats.gguf.file_types import main_type
 
 # What takes their place where the columns fill no super-block.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -29,7 +21,7 @@ class Mix:
     Parameters
     ----------
     file_type : str
-        One of FILE_TYPES.
+        By its full name.
     n_layers : int
     grouped : int
         Query heads that share a key head.
@@ -45,11 +37,6 @@ class Mix:
     tied: bool
     large: bool = False
 
-    @property
-    def name(self) -> str:
-        """The file type by its full name."""
-        return ALIASES.get(self.file_type, self.file_type)
-
     def block_type(self, name: str, columns: int) -> str | None:
         """Block type of a matrix by its GGUF name, such as `blk.0.attn_v.weight`; None: its columns fill no block."""
         kind, layer = _kind(name)
@@ -59,7 +46,7 @@ class Mix:
         return None if columns % _size(wanted) else wanted
 
     def _wanted(self, kind: str, layer: int, columns: int) -> str:
-        main = MAIN_TYPES[self.name]
+        main = main_type(self.file_type)
         if kind == "output" or (kind == "token_embd" and self.tied):
             return "Q8_0" if columns % _size(main) or main == "Q8_0" else "Q6_K"
         if kind == "token_embd":
@@ -70,7 +57,7 @@ class Mix:
         if kind == "ffn_down":
             return self._down(layer)
         if kind == "attn_output":
-            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.name, main)
+            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.file_type, main)
         return main
 
     def _value(self, layer: int) -> str:
@@ -83,7 +70,7 @@ class Mix:
             "Q4_K_M": "Q6_K" if self._more_bits(layer) else "Q4_K",
             "Q5_K_M": "Q6_K" if self._more_bits(layer) else "Q5_K",
         }
-        return chosen.get(self.name, MAIN_TYPES[self.name])
+        return chosen.get(self.file_type, main_type(self.file_type))
 
     def _down(self, layer: int) -> str:
         chosen = {
@@ -94,7 +81,7 @@ class Mix:
             "Q4_K_M": "Q6_K" if self._more_bits(layer) else "Q4_K",
             "Q5_K_M": "Q6_K" if self._more_bits(layer) else "Q5_K",
         }
-        return chosen.get(self.name, MAIN_TYPES[self.name])
+        return chosen.get(self.file_type, main_type(self.file_type))
 
     def _more_bits(self, layer: int) -> bool:
         """The first and last eighth of the layers, and every third between."""

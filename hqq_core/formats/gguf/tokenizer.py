@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file, from tokenizer.json and tokenizer_config.json, which are read as data: no code of a model runs.
 
-llama.cpp knows two kinds that matter here: `gpt2` (byte-level BPE, words cut by a pre-tokenizer that a name stands for) and `llama`
-(BPE with byte fallback, as SentencePiece makes it, whose merges follow the scores of their results).
+llama.cpp knows two kinds that matter here: `gpt2` (byte-level BPE, words cut by a pre-tokenizer that a name stands for) and
+`llama` (BPE with byte fallback, as SentencePiece makes it, whose merges follow the scores of their results).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import CheckpointError, FormatError
-from hqq_core.formats.gguf.pretokenizers import pretokenizer_of, prefixes_space
+from hqq_core.formats.gguf.pretokenizers import prefixes_space, pretokenizer_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 UNREACHED = -1e6  # score of a token that no merge makes
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
-# Roles that tokens have in tokenizer_config.json, and what GGUFWriter calls them.
-_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad", "sep_token": "sep", "mask_token": "mask"}
+# What tokens are, in tokenizer_config.json and in the names of GGUFWriter's methods.
+_ROLES = ("bos", "eos", "unk", "pad", "sep", "mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +213,10 @@ def _scores(tokens: tuple[str, ...], merges: tuple[tuple[str, str], ...]) -> tup
 
 def _special(config: dict[str, Any], settings: dict[str, Any], library: Library) -> Iterator[tuple[str, int]]:
     """(role, id): by the token in tokenizer_config.json, else by the id in config.json."""
-    for key, role in _ROLES.items():
-        token = settings.get(key)
+    for role in _ROLES:
+        token = settings.get(f"{role}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        number = library.token_to_id(text) if isinstance(text, str) else config.get(f"{key}_id")
+        number = library.token_to_id(text) if isinstance(text, str) else config.get(f"{role}_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < int(config["vocab_size"]):
             yield role, number

@@ -12,9 +12,10 @@ import torch
 from hqq_core.architectures import QUANTIZED, Role
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import FormatError
-from hqq_core.formats.base import CheckpointWriter, Layout
+from hqq_core.formats.base import CheckpointWriter, Layout, refuse
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES, pack
 from hqq_core.formats.gguf.container import PLAIN, GgufContainer
+from hqq_core.formats.gguf.file_types import file_type_of, main_type, obstacles
 from hqq_core.formats.gguf.metadata import Model, add_general
 from hqq_core.formats.gguf.mixes import Mix
 from hqq_core.formats.gguf.tokenizer import Tokenizer
@@ -36,20 +37,32 @@ class GgufWriter(CheckpointWriter):
 
     Parameters
     ----------
-    checkpoint : Checkpoint, optional
     recipe : Recipe, optional
-        What `of_model` was given; without them there is only `check`.
+    checkpoint : Checkpoint, optional
+        What `of_recipe` and `of_model` were given; without them there is only `check`.
     """
 
     name = "gguf"
     quantized = (*QUANTIZED, Role.EMBEDDING, Role.HEAD)
 
-    def __init__(self, checkpoint: Checkpoint | None = None, recipe: Recipe | None = None) -> None:
-        self._checkpoint, self._recipe = checkpoint, recipe
+    def __init__(self, recipe: Recipe | None = None, checkpoint: Checkpoint | None = None) -> None:
+        self._recipe, self._checkpoint = recipe, checkpoint
 
-    def of_model(self, checkpoint: Checkpoint, recipe: Recipe) -> Self:
+    def of_recipe(self, recipe: Recipe) -> Self:
+        """Bound to a recipe, which says the file type."""
+        return type(self)(recipe)
+
+    def of_model(self, checkpoint: Checkpoint) -> Self:
         """Bound to a model, whose family says names and order of all tensors."""
-        return type(self)(checkpoint, recipe)
+        return type(self)(self._recipe, checkpoint)
+
+    def check(self, recipe: Recipe) -> QuantSpec:
+        """Settings of the main block type."""
+        file_type = file_type_of(recipe)
+        for field, wanted in obstacles(recipe, file_type):
+            raise refuse(self, field, getattr(recipe, field), wanted)
+        assert file_type is not None  # else an obstacle
+        return BLOCK_TYPES[main_type(file_type)].spec(recipe.preset)
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """A family whose graph llama.cpp has, and a tokenizer that it knows."""
@@ -109,7 +122,7 @@ class GgufWriter(CheckpointWriter):
         return GgufContainer(self._model.architecture, self._add_keys, self._model.tensors())
 
     def _add_keys(self, writer: GGUFWriter) -> None:
-        add_general(writer, self._bound, self._mix.name)
+        add_general(writer, self._bound, self._mix.file_type)
         self._model.add_to(writer)
         self._tokenizer.add_to(writer)
 
@@ -134,10 +147,11 @@ class GgufWriter(CheckpointWriter):
 
     @cached_property
     def _mix(self) -> Mix:
-        assert self._recipe is not None, "of_model comes first"
+        file_type = file_type_of(self._recipe) if self._recipe else None
+        assert file_type is not None, "of_recipe and check come first"
         model = self._model
         grouped = model.n_heads // model.n_kv_heads
-        return Mix(file_type_of(self._recipe), model.n_layers, grouped, tied=model.tied, large=model.large)
+        return Mix(file_type, model.n_layers, grouped, tied=model.tied, large=model.large)
 
     @cached_property
     def _names(self) -> TensorNameMap:
