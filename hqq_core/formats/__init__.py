@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hqq_core.errors import FormatError
 from hqq_core.formats.awq import AwqWriter
-from hqq_core.formats.base import CheckpointWriter
+from hqq_core.formats.base import CheckpointWriter, refuse
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
 from hqq_core.formats.gguf import GgufWriter
 from hqq_core.formats.gptq import GptqWriter
@@ -30,7 +30,11 @@ FORMATS: dict[str, CheckpointWriter] = {
 
 def check_recipe(recipe: Recipe) -> QuantSpec:
     """The recipe's settings as its format holds them; a FormatError names the setting that it cannot hold."""
-    return writer_of(recipe).check(recipe)
+    writer = writer_of(recipe)
+    if recipe.type is not None and not writer.typed:
+        typed = ", ".join(repr(name) for name, other in FORMATS.items() if other.typed)
+        raise refuse(writer, "type", recipe.type, f"no file types; format {typed} does")
+    return writer.check(recipe)
 
 
 def writer_of(recipe: Recipe) -> CheckpointWriter:

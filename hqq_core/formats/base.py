@@ -40,6 +40,7 @@ class CheckpointWriter(Protocol):
     name: str
     container: Container = Safetensors()
     quantized: tuple[Role, ...] = QUANTIZED  # unless a recipe says otherwise
+    typed: bool = False  # whether a recipe may name a type
 
     def of_recipe(self, recipe: Recipe) -> Self:
         """The writer for this recipe; another one where names or types depend on it."""

@@ -44,6 +44,7 @@ class GgufWriter(CheckpointWriter):
 
     name = "gguf"
     quantized = (*QUANTIZED, Role.EMBEDDING, Role.HEAD)
+    typed = True
 
     def __init__(self, recipe: Recipe | None = None, checkpoint: Checkpoint | None = None) -> None:
         self._recipe, self._checkpoint = recipe, checkpoint
