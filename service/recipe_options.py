@@ -16,6 +16,9 @@ def recipe(
     format: Annotated[str | None, typer.Option(help="Format of the result.")] = None,
     axis: Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")] = None,
     zero: Annotated[str | None, typer.Option(help="float, offset, int or none; the format's own unless given.")] = None,
+    type: Annotated[
+        str | None, typer.Option(help="File type of format gguf as llama.cpp names it: Q4_K_M, Q8_0, ...")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
     energy: Annotated[
         str | None, typer.Option(help="What weights the columns: auto, synthetic, analytic or none.")
@@ -35,6 +38,7 @@ def recipe(
         "format": format,
         "axis": axis,
         "zero": zero,
+        "type": type,
         "preset": preset,
         "energy": energy,
         "fold": fold,
