@@ -1,6 +1,7 @@
 """Format `gguf`: the file, held against transformers' and the gguf library's readers."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
 from hqq_core.errors import CheckpointError, FormatError
+from hqq_core.formats import check_recipe
 from hqq_core.formats.gguf.mixes import Mix
 from tests.checkpoints import folder_bytes, save_checkpoint
 from tests.families import build
@@ -132,6 +134,39 @@ def test_a_head_tied_by_the_config_is_left_out(tmp_path):
     assert gguf_types(tmp_path / "out")["token_embd.weight"] == "Q8_0"
 
 
+KILLED = """
+import resource, signal, sys
+from pathlib import Path
+from hqq_core import Checkpoint, build_plan, Recipe, quantize_shard, finish_checkpoint
+
+source, output, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+checkpoint = Checkpoint.open(source)
+plan = build_plan(checkpoint, Recipe(format="gguf", type="Q4_1", energy="none"))
+output.mkdir(exist_ok=True)
+results = [quantize_shard(checkpoint, [plan], shard.index, output)[0] for shard in plan.shards]
+if limit:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills at this byte
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+finish_checkpoint(checkpoint, plan, results, output)
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000], ids=["in the keys", "late"])
+def test_killed_while_the_parts_are_joined(tmp_path, limit):
+    """The next attempt gives the bytes of an undisturbed one, and leaves nothing else."""
+    source = save_model(tmp_path / "m", "llama", shard_size="50KB")
+    quantize_checkpoint(source, tmp_path / "undisturbed", Recipe(format="gguf", type="Q4_1", energy="none"))
+
+    def attempt(limit):
+        return subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "out", str(limit)]).returncode
+
+    assert attempt(limit) == -signal.SIGXFSZ
+    assert not (tmp_path / "out" / "model.gguf").exists()
+    assert len(list((tmp_path / "out").glob("model.gguf.part-*"))) > 1
+    assert attempt(0) == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+
+
 class TestKeys:
     def keys(self, tmp_path, family, kind=None, **changes):
         source = save_model(tmp_path / "m", family, kind, **changes)
@@ -253,23 +288,23 @@ class TestRefusals:
     )
     def test_settings_that_contradict_the_type(self, recipe, field):
         with pytest.raises(FormatError, match="format 'gguf' holds") as caught:
-            build_plan_check(Recipe(format="gguf", **recipe))
+            check_recipe(Recipe(format="gguf", **recipe))
         assert caught.value.field == field
+
+    @pytest.mark.parametrize(
+        "recipe", [{"type": "Q4_K", "nbits": 4, "group_size": 32, "zero": "offset"}, {"nbits": 6}, {}]
+    )
+    def test_what_says_the_same_is_no_contradiction(self, recipe):
+        assert check_recipe(Recipe(format="gguf", **recipe)).scale_bits is not None
 
     def test_a_type_is_gguf_s_alone(self):
         with pytest.raises(FormatError, match="type 'Q4_1'") as caught:
-            build_plan_check(Recipe(format="mlx", type="Q4_1"))
+            check_recipe(Recipe(format="mlx", type="Q4_1"))
         assert caught.value.field == "type"
 
 
-def build_plan_check(recipe):
-    from hqq_core.formats import check_recipe
-
-    return check_recipe(recipe)
-
-
 class TestMix:
-    """Against what llama.cpp's own quantizer says of models: figures from its logs and from files that it wrote."""
+    """As llama.cpp's quantizer has it."""
 
     def test_more_bits_where_most_is_lost(self):
         mix = Mix("Q4_K_M", n_layers=32, grouped=4, tied=False)
