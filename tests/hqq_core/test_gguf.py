@@ -276,6 +276,25 @@ class TestRefusals:
             build_plan(Checkpoint.open(source), Recipe(format="gguf"))
 
     @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"vocab_size": 500}, "500"),
+            ({"num_attention_heads": 8}, "q_proj.weight: 64 rows: wanted 128"),
+            ({"num_attention_heads": 0}, "num_attention_heads 0: wanted a whole number"),
+            ({"num_hidden_layers": "2"}, "num_hidden_layers '2'"),
+            ({"rope_parameters": ["x"]}, "describes no LLAMA model"),
+            ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "cannot be told in keys"),
+            ({"rms_norm_eps": "small"}, "cannot be told in keys"),
+            ({"max_position_embeddings": 1 << 40}, "cannot be told in keys"),
+        ],
+    )
+    def test_a_config_that_describes_another_model(self, tmp_path, changes, message):
+        source = save_model(tmp_path / "m", "llama")
+        (source / "config.json").write_text(json.dumps(_config(source) | changes))
+        with pytest.raises(CheckpointError, match=message):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf", type="Q4_1"))
+
+    @pytest.mark.parametrize(
         ("recipe", "field"),
         [
             ({"type": "Q7_K"}, "type"),

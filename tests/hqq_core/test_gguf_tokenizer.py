@@ -35,7 +35,7 @@ def test_byte_level_tokenizers_are_known_by_their_parts(folder, pre):
     assert [tokenizer.tokens[i] for i in vocabulary.values()] == list(vocabulary)
     assert tokenizer.special == {"bos": 0, "eos": 1, "unk": 2}
     assert set(tokenizer.types[:3]) == {3}
-    assert (tokenizer.add_bos, tokenizer.add_eos, tokenizer.template) == (False, False, CHAT)
+    assert (tokenizer.add_bos, tokenizer.add_eos, tokenizer.templates) == (False, False, {"default": CHAT})
     assert tokenizer.merges[0] == "Ġ Ġ"
 
 
@@ -88,7 +88,14 @@ def test_special_ids_come_from_the_config_where_no_token_is_named(folder):
 def test_a_template_of_its_own_file_wins(folder):
     save_tokenizer(folder, "gpt-2", N_TOKENS)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert read(folder).template == "{{ messages }}"
+    assert read(folder).templates == {"default": "{{ messages }}"}
+
+
+def test_several_templates_keep_their_names(folder):
+    save_tokenizer(folder, "gpt-2", N_TOKENS)
+    several = [{"name": "default", "template": "a"}, {"name": "tool-use", "template": "b"}, 7]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert read(folder).templates == {"default": "a", "tool_use": "b"}
 
 
 TEXT, START, END = (

@@ -1,4 +1,4 @@
-"""llama.cpp on what format `gguf` writes: `python -m tests.interop.llamacpp NODE_FOLDER [tiny] [smollm2]`.
+"""llama.cpp on what format `gguf` writes: `python -m tests.interop.llamacpp NODE_FOLDER tiny`, or `smollm2 [FILE_TYPE ...]`.
 
 NODE_FOLDER has node-llama-cpp: `npm i node-llama-cpp@3.22.1` there (binaries for a CPU come with it). llama.cpp's CPU kernels
 round activations to 8 bit before they meet blocks, so logits are near those of the dequantized weights, not the same.
@@ -159,7 +159,5 @@ def smollm2(node: Path, *file_types: str) -> bool:
 
 
 if __name__ == "__main__":
-    node, *names = sys.argv[1:]
-    runs = {"tiny": tiny, "smollm2": smollm2}
-    results = [runs[name](Path(node)) for name in names or runs]
-    raise SystemExit(0 if all(results) else 1)
+    folder, what, *named = sys.argv[1:]
+    raise SystemExit(0 if {"tiny": tiny, "smollm2": smollm2}[what](Path(folder), *named) else 1)

@@ -93,7 +93,7 @@ class GgufContainer:
         tensors.sort(key=lambda stored: _place(stored[0]))
 
         def pieces() -> Iterator[bytes | memoryview]:
-            header = self._header(tensors)
+            header = self.header(tensors)
             yield header + _padding(len(header))
             for name, dtype, shape in tensors:
                 yield from _read(*places[name]) if name in places else [_bytes_of(self._extra[name])]
@@ -101,7 +101,7 @@ class GgufContainer:
 
         return [ArtifactFile(FILE, *write_file(folder / FILE, pieces()))], []
 
-    def _header(self, tensors: Layout) -> bytes:
+    def header(self, tensors: Layout) -> bytes:
         """Keys and the table of tensors, as the gguf library writes them."""
         from gguf import GGMLQuantizationType, GGUFWriter
         from gguf.gguf_writer import WriterState

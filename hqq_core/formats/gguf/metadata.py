@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.errors import CheckpointError, FormatError
+from hqq_core.errors import CheckpointError, FormatError, HalfquadError, short
 from hqq_core.formats.gguf.families import Family, family_of
 
 if TYPE_CHECKING:
@@ -76,8 +76,13 @@ class Model:
         family = family_of(config)
         if family is None:
             raise FormatError("format", f"model_type {config.get('model_type')!r}: no model of format 'gguf'")
-        model = cls(config, family, Rope.of(config))
-        model._check()
+        try:
+            model = cls(config, family, Rope.of(config))
+            model._check()
+        except HalfquadError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: describes no {family.architecture} model: {short(error)}") from error
         return model
 
     def number(self, key: str) -> int:
@@ -99,9 +104,21 @@ class Model:
         """Whether the embedding is the output head, too."""
         return bool(self.config.get("tie_word_embeddings", self.family.norm_offset))  # Gemma's are unless said
 
+    def check_rows(self, name: str, shape: tuple[int, ...]) -> None:
+        """CheckpointError where a tensor has not as many rows as its place wants."""
+        heads = self._heads(name)
+        wanted = heads * self.head_size if heads else shape[0]
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            wanted = self.number("vocab_size")
+        if shape[0] != wanted:
+            raise CheckpointError(f"{name}: {shape[0]} rows: wanted {wanted}, as config.json has it")
+
+    def _heads(self, name: str) -> int | None:
+        return {"q_proj": self.n_heads, "k_proj": self.n_kv_heads}.get(name.split(".")[-2])
+
     def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor, by its source name, with its rows in the order that llama.cpp wants them."""
-        heads = {"q_proj": self.n_heads, "k_proj": self.n_kv_heads}.get(name.split(".")[-2])
+        heads = self._heads(name)
         if not self.family.permuted or heads is None:
             return tensor
         halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
@@ -278,7 +295,7 @@ def add_general(writer: GGUFWriter, checkpoint: Checkpoint, file_type: str) -> N
     writer.add_type(GGUFType.MODEL)
     name = checkpoint.config.get("_name_or_path")
     if isinstance(name, str) and name:
-        writer.add_name(name.rstrip("/").rpartition("/")[2])
+        writer.add_name(name.rstrip("/").rpartition("/")[2].encode(errors="replace").decode())
     if licence := _licence(checkpoint):
         writer.add_license(licence)
     writer.add_quantized_by("Halfquad")

@@ -7,6 +7,7 @@ llama.cpp knows two kinds that matter here: `gpt2` (byte-level BPE, words cut by
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,8 @@ class Tokenizer:
         Whether a text gets them.
     add_space : bool
         Whether a text gets a space before it.
-    template : str or list or None
-        The chat template, or several with their names.
+    templates : dict of str to str
+        Chat templates by name; the one that is used unless named is "default".
     """
 
     model: str
@@ -63,7 +64,7 @@ class Tokenizer:
     add_bos: bool
     add_eos: bool
     add_space: bool
-    template: str | list[dict[str, str]] | None
+    templates: dict[str, str]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -98,7 +99,7 @@ class Tokenizer:
             add_bos=add_bos,
             add_eos=add_eos,
             add_space=kind == "llama" and prefixes_space(described),
-            template=_template(checkpoint, settings),
+            templates=_templates(checkpoint, settings),
         )
 
     def add_to(self, writer: GGUFWriter) -> None:
@@ -117,8 +118,18 @@ class Tokenizer:
         writer.add_add_eos_token(self.add_eos)
         if self.model == "llama":
             writer.add_add_space_prefix(self.add_space)
-        if self.template is not None:
-            writer.add_chat_template(self.template)
+        self._add_templates(writer)
+
+    def _add_templates(self, writer: GGUFWriter) -> None:
+        """As the gguf library writes several, but in an order that is always the same."""
+        from gguf import Keys
+
+        names = sorted(self.templates.keys() - {"default"})
+        for name in names:
+            writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), self.templates[name])
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, names)
+        if "default" in self.templates:
+            writer.add_chat_template(self.templates["default"])
 
 
 def _read(checkpoint: Checkpoint, name: str) -> bytes | None:
@@ -148,8 +159,8 @@ def _loaded(raw: bytes) -> Library:
 
 def _model(described: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = described["model"]
-    if fields.get("type", "BPE") != "BPE":
-        raise FormatError("format", f"{FILE}: a {fields['type']} model: format 'gguf' holds BPE alone")
+    if fields.get("type", "BPE") != "BPE" or "merges" not in fields:
+        raise FormatError("format", f"{FILE}: a {fields.get('type', 'nameless')} model: format 'gguf' holds BPE alone")
     if fields.get("dropout") or fields.get("continuing_subword_prefix") or fields.get("end_of_word_suffix"):
         raise FormatError("format", f"{FILE}: dropout, prefixes and suffixes of words are unknown to llama.cpp")
     return fields
@@ -233,9 +244,16 @@ def _added(library: Library, special: dict[str, int]) -> tuple[bool, bool]:
     return bool(before), bool(behind)
 
 
-def _template(checkpoint: Checkpoint, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
+def _templates(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
+    """The one of a file of its own, or those of tokenizer_config.json; names with letters and digits alone, as keys have them."""
     raw = _read(checkpoint, TEMPLATE)
     if raw is not None:
-        return raw.decode(errors="replace")
+        return {"default": raw.decode(errors="replace")}
     found = settings.get("chat_template")
-    return found if isinstance(found, str | list) else None
+    named = [{"name": "default", "template": found}] if isinstance(found, str) else found
+    templates = {}
+    for choice in named if isinstance(named, list) else ():
+        name, text = (choice.get(key) for key in ("name", "template")) if isinstance(choice, dict) else (None, None)
+        if isinstance(name, str) and isinstance(text, str) and name:
+            templates[re.sub("[^A-Za-z0-9]", "_", name)] = text.encode(errors="replace").decode()
+    return templates

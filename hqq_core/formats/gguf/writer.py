@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -11,7 +12,7 @@ import torch
 
 from hqq_core.architectures import QUANTIZED, Role
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.errors import FormatError
+from hqq_core.errors import CheckpointError, FormatError, HalfquadError, short
 from hqq_core.formats.base import CheckpointWriter, Layout, refuse
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES, pack
 from hqq_core.formats.gguf.container import PLAIN, GgufContainer
@@ -69,10 +70,16 @@ class GgufWriter(CheckpointWriter):
         """A family whose graph llama.cpp has, and a tokenizer that it knows."""
         if Role.HEAD not in quantized | copied and not self._model.tied:
             raise FormatError("format", "no output head, and config.json ties none to the embedding: no causal model")
-        self._tokenizer  # noqa: B018
+        try:
+            self.container.header([])
+        except HalfquadError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
+            raise CheckpointError(f"config.json: cannot be told in keys of GGUF: {short(error)}") from error
 
     def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Settings of the block type that the file type gives this tensor."""
+        self._model.check_rows(name, shape)
         block_type = self._mix.block_type(self._stored_name(name), shape[-1])
         return spec if block_type is None else dataclasses.replace(spec, **BLOCK_TYPES[block_type].settings)
 
@@ -102,6 +109,7 @@ class GgufWriter(CheckpointWriter):
         kind = _PLAIN_DTYPES.get(DTYPES[dtype])
         if kind is None:
             raise FormatError("format", f"{name}: {dtype}: format 'gguf' holds {', '.join(PLAIN)}")
+        self._model.check_rows(name, shape)
         return [(self._stored_name(name), "F32" if len(shape) < 2 else kind, shape)]
 
     def encode_copied(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
