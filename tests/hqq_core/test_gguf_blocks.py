@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqq_core import QuantSpec
+from hqq_core import QuantSpec, quantize
+from hqq_core.errors import TensorError
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES, pack
 from hqq_core.spec import SUPER_BLOCK
 from hqq_core.tensors import QuantizedTensor, SuperBlocks
@@ -122,3 +123,54 @@ def test_any_codes_are_read_back_bit_for_bit(name, rows, n_blocks, seed):
     if tensor.super_blocks is not None:  # all is stored, none derived
         assert same_bits(read(name, packed), tensor.dequantize(torch.float32).numpy())
     assert same_bits(read(name, packed), described(name, packed))
+
+
+@given(
+    name=st.sampled_from(TYPES), rows=st.sampled_from([1, 2, 3, 33]), n_blocks=st.integers(1, 2), seed=st.integers(0, 1000),
+    exponent=st.integers(-9, 3), kind=st.sampled_from(["gaussian", "positive", "zero", "constant", "one", "mixed"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_what_was_solved_is_read_back_bit_for_bit(name, rows, n_blocks, seed, exponent, kind, dtype):
+    W = weights(rows, n_blocks * BLOCK_TYPES[name].block_size, seed, 10.0**exponent, kind).to(dtype)
+    tensor = quantize(W, BLOCK_TYPES[name].spec("fast"))
+    packed = pack(name, tensor)
+    assert same_bits(read(name, packed), tensor.dequantize(torch.float32).numpy())
+    error = (W.double() - torch.from_numpy(read(name, packed)).double()).square().sum().item()
+    assert tensor.squared_error == pytest.approx(error, rel=1e-3, abs=1e-9 * tensor.squared_norm)
+
+
+def weights(rows: int, columns: int, seed: int, scale: float, kind: str) -> torch.Tensor:
+    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale
+    match kind:
+        case "positive":
+            return W.abs() + scale
+        case "zero":
+            return W * 0
+        case "constant":
+            return torch.full_like(W, scale if seed % 2 else -scale)
+        case "one":
+            return torch.zeros_like(W).index_fill_(1, torch.tensor([seed % columns]), scale)
+        case "mixed":  # a zero block beside one of any size
+            W[:, : columns // 2] = 0
+    return W
+
+
+def test_weights_beyond_float16_are_stored_as_the_largest_there_is():
+    W = torch.full((2, 256), 1e30)
+    for name in ("Q4_K", "Q6_K"):
+        tensor = quantize(W, BLOCK_TYPES[name].spec())
+        assert same_bits(read(name, pack(name, tensor)), tensor.dequantize().numpy())
+        assert tensor.super_blocks.d.max() == torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+def test_a_tensor_of_other_settings_is_refused_by_name(name):
+    tensor = quantize(torch.randn(2, 256), QuantSpec(nbits=4, group_size=32, zero="float"))
+    with pytest.raises(TensorError, match=f"{name}: zero 'float': wanted"):
+        pack(name, tensor)
+
+
+def test_rows_that_do_not_fill_blocks_are_refused():
+    tensor = quantize(torch.randn(2, 128), QuantSpec(nbits=1.58, group_size=None, zero="none"))
+    with pytest.raises(TensorError, match="group_size None: wanted 256"):
+        pack("TQ2_0", tensor)
