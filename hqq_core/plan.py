@@ -145,6 +145,11 @@ class Plan:
         """Bytes of tensor data to write."""
         return sum(shard.nbytes_out for shard in self.shards)
 
+    @property
+    def finish_nbytes(self) -> int:
+        """Bytes that the finish needs beside what the shards wrote."""
+        return writer_of(self.recipe).container.finish_nbytes(self.nbytes_out)
+
     def with_energies(self, energies: Energies) -> Plan:
         """The same plan, weighted by input energies and folded wherever there is what it takes.
 

@@ -30,7 +30,12 @@ def test_from_submit_to_files(installation: Installation, sharded: Path, undistu
     for artifact in installation.client.artifacts(job_id):
         installation.client.download(job_id, artifact["name"], tmp_path / "copy" / artifact["name"])
     assert folder_bytes(tmp_path / "copy") == folder_bytes(undisturbed)
-    assert json.loads(installation.run("jobs", "info", job_id, "--json"))["result"]["metrics"]["bits_per_weight"] < 5
+    assert (
+        json.loads(installation.run("jobs", "info", job_id, "--json"))["result"]["outputs"][0]["metrics"][
+            "bits_per_weight"
+        ]
+        < 5
+    )
 
 
 def test_same_source_gives_the_same_bytes_twice(service: Installation, models: Path) -> None:

@@ -32,7 +32,7 @@ def test_job_ends_with_the_bytes_of_the_library(
     (manifest,) = quantize_checkpoint(source, tmp_path / "direct", RECIPE, threads=1)
     output = workplace.store.output(job.id)
     assert folder_bytes(output) == folder_bytes(tmp_path / "direct")
-    assert job.result["metrics"] == manifest.metrics
+    assert job.result["outputs"] == [{"folder": "", "format": RECIPE.format, "metrics": manifest.metrics}]
     assert {file["name"] for file in job.result["artifacts"]} == set(folder_bytes(output))
     assert all((output / file["name"]).stat().st_size == file["nbytes"] for file in job.result["artifacts"])
 
@@ -145,10 +145,16 @@ def test_unknown_error_is_tried_again_then_fails_the_job(foreman: Foreman, workp
 
 
 def age(path: Path) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    (plan,) = json.loads(path.read_text())["plans"]
+    path.write_text(json.dumps({"plans": [plan | {"version": 1}]}))
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, age], ids=["gone", "old"])
+def before_plans(path: Path) -> None:
+    (plan,) = json.loads(path.read_text())["plans"]
+    path.write_text(json.dumps(plan | {"version": 3}))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, age, before_plans], ids=["gone", "old", "of one recipe"])
 @pytest.mark.parametrize("energy", ["analytic", "none"])
 def test_plan_that_cannot_be_followed_is_not_the_users_fault(
     foreman: Foreman, workplace: Workplace, source: Path, energy: Any, spoil: Callable[[Path], None]
