@@ -11,6 +11,7 @@ import torch
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
 from hqq_core.errors import CheckpointError, FormatError
 from hqq_core.formats import check_recipe
+from hqq_core.formats.gguf.file_types import main_type
 from hqq_core.formats.gguf.mixes import Mix
 from tests.checkpoints import folder_bytes, save_checkpoint
 from tests.families import build
@@ -67,6 +68,25 @@ def _config(source):
     return json.loads((source / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    "file_type", ["Q4_0", "Q5_0", "TQ2_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
+)
+def test_every_type_is_read_as_it_was_solved(tmp_path, file_type):
+    """By transformers and, with other names, by the gguf library: super-blocks, and what takes their place."""
+    changes = {"hidden_size": 256, "intermediate_size": 288, "head_dim": 64, "num_hidden_layers": 3}
+    source = save_model(tmp_path / "m", "llama", **changes)
+    recipe = Recipe(format="gguf", type=file_type, energy="none")
+    quantize_checkpoint(source, tmp_path / "out", recipe)
+    expected = stored_as(source, recipe)
+    state, read = gguf_model(tmp_path / "out").state_dict(), gguf_tensors(tmp_path / "out")
+    assert not [name for name, value in expected.items() if not torch.equal(state[name], value)]
+    assert torch.equal(read["blk.1.ffn_down.weight"], expected["model.layers.1.mlp.down_proj.weight"])
+    types = gguf_types(tmp_path / "out")
+    assert types["blk.0.ffn_up.weight"] == main_type(file_type)
+    assert types["blk.0.ffn_down.weight"].endswith(("_0", "_1")), "288 columns fill no super-block"
+    assert types["output.weight"] == "Q6_K"
+
+
 def test_a_first_gemma_is_told_by_names(tmp_path):
     """transformers reads none: names of the gguf library, norms with one added."""
     source = save_model(tmp_path / "m", "gemma", "gemma", tie_word_embeddings=True)
@@ -91,6 +111,11 @@ def test_shards_of_the_source_do_not_show(tmp_path):
         assert not [name for name in names if "part" in name or name.endswith(".safetensors")]
     assert len(list((tmp_path / "50KB").glob("*.safetensors"))) > 4
     assert len(set(results)) == 1
+
+
+def test_parts_and_file_lie_on_the_disk_at_once(tmp_path):
+    plan = build_plan(Checkpoint.open(save_model(tmp_path / "m", "llama")), Recipe(format="gguf"))
+    assert plan.finish_nbytes > plan.nbytes_out
 
 
 def test_the_same_source_gives_the_same_bytes(tmp_path):

@@ -72,15 +72,20 @@ def reference(source: Path, recipe: Recipe) -> Any:
 @torch.no_grad()
 def compare(node: Path, source: Path, result: Path, recipe: Recipe, windows: list[list[int]]) -> dict[str, float]:
     """llama.cpp against the reference on the same tokens."""
-    model = reference(source, recipe)
+    from transformers import AutoModelForCausalLM
+
+    model, original = reference(source, recipe), AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     said = ask(node, result / "model.gguf", windows=windows)
-    nll = same = theirs = scored = 0.0
+    before = nll = same = theirs = scored = 0.0
     for ids, their_nlls, tops in zip(windows, said["nlls"], said["tops"], strict=True):
-        logits = model(torch.tensor(ids)[None]).logits[0]
-        nll += torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum").item()
+        tokens = torch.tensor(ids)
+        logits, source_logits = (one(tokens[None]).logits[0] for one in (model, original))
+        nll += torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum").item()
+        before += torch.nn.functional.cross_entropy(source_logits[:-1], tokens[1:], reduction="sum").item()
         same += (logits.argmax(-1) == torch.tensor(tops)).sum().item()
         theirs, scored = theirs + sum(their_nlls), scored + len(their_nlls)
     return {
+        "source": math.exp(before / scored),
         "perplexity": math.exp(nll / scored),
         "in_llama_cpp": math.exp(theirs / scored),
         "same_top": same / sum(map(len, windows)),

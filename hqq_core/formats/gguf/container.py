@@ -45,14 +45,16 @@ class GgufContainer:
     Parameters
     ----------
     architecture : str
-        llama.cpp's name of the family.
-    keys : callable
-    extra : dict of str to Tensor
+        llama.cpp's name of the family; without it there are names and sizes, but no `header`.
+    keys : callable, optional
+    extra : dict of str to Tensor, optional
         float32 tensors that the source does not have.
     """
 
-    def __init__(self, architecture: str, keys: Keys, extra: dict[str, torch.Tensor]) -> None:
-        self._architecture, self._keys, self._extra = architecture, keys, extra
+    def __init__(
+        self, architecture: str = "", keys: Keys | None = None, extra: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        self._architecture, self._keys, self._extra = architecture, keys, extra or {}
 
     def part_name(self, number: int, total: int) -> str:
         """Parts are gone when the result is there."""
@@ -102,10 +104,11 @@ class GgufContainer:
         return [ArtifactFile(FILE, *write_file(folder / FILE, pieces()))], []
 
     def header(self, tensors: Layout) -> bytes:
-        """Keys and the table of tensors, as the gguf library writes them."""
+        """What comes before the data: keys and the table of tensors, as the gguf library writes them."""
         from gguf import GGMLQuantizationType, GGUFWriter
         from gguf.gguf_writer import WriterState
 
+        assert self._keys is not None, "the container of a model alone has a header"
         writer, header = GGUFWriter(None, self._architecture), io.BytesIO()
         self._keys(writer)
         for name, dtype, shape in tensors:

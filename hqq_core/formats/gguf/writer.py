@@ -127,7 +127,9 @@ class GgufWriter(CheckpointWriter):
 
     @property
     def container(self) -> GgufContainer:  # type: ignore[override]
-        """One file, with all keys of the model."""
+        """One file, with all keys of the model where there is one."""
+        if self._checkpoint is None:
+            return GgufContainer()
         return GgufContainer(self._model.architecture, self._add_keys, self._model.tensors())
 
     def _add_keys(self, writer: GGUFWriter) -> None:

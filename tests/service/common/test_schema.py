@@ -107,6 +107,21 @@ def test_a_job_of_one_recipe_becomes_one_of_a_list(database, hand):
     migrate(database)
 
 
+def test_an_older_library_takes_recipes_without_a_type(database, hand):
+    recipes = [Recipe(format="hqq", nbits=1.58), Recipe()]
+    job = hand.insert()
+    with database.write() as session:
+        stored = json.dumps([recipe.to_dict() for recipe in recipes])
+        session.execute(text("UPDATE jobs SET recipes = :recipes"), {"recipes": stored})
+    downgrade(database, "0004")
+    with database.read() as session:
+        kept = read(session.scalar(text("SELECT recipes FROM jobs")))
+    known = [{name: value for name, value in recipe.to_dict().items() if name != "type"} for recipe in recipes]
+    assert kept == known
+    migrate(database)
+    assert [Recipe.from_dict(recipe) for recipe in hand.get(job).recipes] == recipes
+
+
 def read(stored):
     return json.loads(stored) if isinstance(stored, str) else stored  # SQLite has no type for it
 
