@@ -11,7 +11,7 @@ from hqq_core.architectures import Role, role, ties_head
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
-from hqq_core.formats import writer_of
+from hqq_core.formats import check_model, check_recipe, settled, writer_for, writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
 from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
@@ -227,7 +227,7 @@ def build_plans(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Plan
     headers = checkpoint.headers()
     carried, left_out = map(tuple, checkpoint.carried_files())
     plans = []
-    for folder, recipe in zip(folders, recipes, strict=True):
+    for folder, recipe in zip(folders, map(settled, recipes), strict=True):
         spec, shards = _plan_shards(checkpoint, headers, recipe)
         plans.append(Plan(recipe, spec, shards, carried, left_out, folder=folder))
     return tuple(plans)
@@ -236,8 +236,7 @@ def build_plans(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Plan
 def _plan_shards(
     checkpoint: Checkpoint, headers: dict[str, dict[str, TensorEntry]], recipe: Recipe
 ) -> tuple[QuantSpec, tuple[ShardPlan, ...]]:
-    writer = writer_of(recipe).of_model(checkpoint)
-    spec = writer.check(recipe)
+    spec, writer = check_recipe(recipe), writer_for(recipe, checkpoint)
     _check_names(recipe, [entry for file in headers.values() for entry in file.values()], checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
@@ -246,7 +245,7 @@ def _plan_shards(
     ]
     if not any(tensor.spec for tensor in tensors):
         raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
-    _check_model(tensors, spec, writer, checkpoint.config)
+    _check_roles(tensors, writer, recipe, checkpoint.config)
     tensors = _assign_files(tensors, recipe, writer)
     return spec, tuple(
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
@@ -254,11 +253,11 @@ def _plan_shards(
     )
 
 
-def _check_model(tensors: list[TensorPlan], spec: QuantSpec, writer: CheckpointWriter, config: dict[str, Any]) -> None:
+def _check_roles(tensors: list[TensorPlan], writer: CheckpointWriter, recipe: Recipe, config: dict[str, Any]) -> None:
     roles: dict[bool, set[Role]] = {True: set(), False: set()}
     for tensor in tensors:
         roles[tensor.spec is not None].add(role(tensor.name, tensor.shape, config))
-    writer.check_model(spec, roles[True], roles[False], config)
+    check_model(writer, recipe, roles[True], roles[False], config)
 
 
 def stored_tensors(tensor: TensorPlan, writer: CheckpointWriter) -> Layout:

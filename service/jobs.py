@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from hqq_core.errors import SpecError
+from hqq_core.formats import settled
 from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
 from service.common import outbox, repository
@@ -196,7 +197,7 @@ def _check_recipes(asked: dict[str, RecipeBody]) -> list[Recipe]:
         output_folders(recipes)
     except SpecError as error:
         raise RecipeRefused(error.code, str(error), f"{list(asked)[error.recipe]}/{error.field}") from error
-    return recipes
+    return [settled(recipe) for recipe in recipes]
 
 
 def _fingerprint(body: JobCreate) -> str:

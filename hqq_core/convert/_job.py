@@ -78,15 +78,16 @@ def _profile(
     checkpoint: Checkpoint, plans: Sequence[Plan], output: Path, progress: JobProgress | None
 ) -> tuple[Energies, int]:
     """Input energies, and the bytes that having them counts for; correlations lie in `output` until the end."""
-    if not any(plan.recipe.weighted for plan in plans):
+    weighted = [plan.recipe for plan in plans if plan.recipe.weighted]
+    if not weighted:
         return profile(checkpoint, "none"), 0
     nbytes_in = plans[0].nbytes_in
     report = progress_from(0, 2 * nbytes_in, progress)
     if report:
         report(0)  # transformers takes seconds to load
-    correlated = any(plan.recipe.correlated for plan in plans)
+    correlated = any(recipe.correlated for recipe in weighted)
     correlations = output / f"{TEMPORARY_PREFIX}correlations" if correlated else None
-    return profile(checkpoint, plans[0].recipe.energy, correlations=correlations, progress=report), nbytes_in
+    return profile(checkpoint, weighted[0].energy, correlations=correlations, progress=report), nbytes_in
 
 
 def _claim(output: Path) -> None:

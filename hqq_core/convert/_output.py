@@ -36,11 +36,11 @@ class ShardOutput:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, index: int, output: Path, energies: Energies | None) -> None:
         shard = plan.shards[index]
         self.weighting = Weighting.of(shard, energies if plan.recipe.weighted else None)
-        self._writer = writer_of(plan.recipe).of_model(checkpoint)
+        self.writer = writer_of(plan.recipe).of_model(checkpoint)
         self._index, self._folder = index, output / plan.folder
         self._layouts: dict[str, Layout] = defaultdict(list)
         for tensor in shard.tensors:
-            self._layouts[tensor.file] += stored_tensors(tensor, self._writer)
+            self._layouts[tensor.file] += stored_tensors(tensor, self.writer)
         if plan.folder:
             self._folder.mkdir(exist_ok=True)
         for name in self._layouts:
@@ -51,7 +51,7 @@ class ShardOutput:
 
     def encodes(self, tensor: TensorPlan) -> bool:
         """Whether a copied tensor is wanted whole, to be stored otherwise than it is."""
-        return self._writer.layout_copied(tensor.name, tensor.dtype, tensor.shape) is not None
+        return self.writer.layout_copied(tensor.name, tensor.dtype, tensor.shape) is not None
 
     def append(self, tensor: TensorPlan, piece: memoryview) -> None:
         """The next bytes of a tensor that stays as it is."""
@@ -59,7 +59,7 @@ class ShardOutput:
 
     def copy(self, tensor: TensorPlan, value: torch.Tensor) -> None:
         """A whole tensor that is not quantized."""
-        stored = self._writer.encode_copied(tensor.name, value) if self.encodes(tensor) else {tensor.name: value}
+        stored = self.writer.encode_copied(tensor.name, value) if self.encodes(tensor) else {tensor.name: value}
         self._write(tensor, stored)
 
     def fold(self, tensor: TensorPlan) -> None:
@@ -68,7 +68,7 @@ class ShardOutput:
 
     def quantized(self, tensor: TensorPlan, quantized: QuantizedTensor, result: TensorResult) -> None:
         """A tensor as it was solved."""
-        self._write(tensor, self._writer.encode(tensor.module, quantized))
+        self._write(tensor, self.writer.encode(tensor.module, quantized))
         self._tensors.append(result)
 
     def close(self) -> ShardResult:
@@ -90,7 +90,7 @@ class ShardOutput:
         if self._part is None or self._name != tensor.file:
             self._close_part()
             self._name = tensor.file
-            self._part = self._writer.container.open(self._folder / self._name, self._layouts[self._name])
+            self._part = self.writer.container.open(self._folder / self._name, self._layouts[self._name])
         return self._part
 
     def _close_part(self) -> None:

@@ -17,7 +17,6 @@ from hqq_core.energy import Energies
 from hqq_core.errors import CheckpointError
 from hqq_core.plan import Plan, ShardPlan, TensorPlan
 from hqq_core.results import ShardResult, TensorResult
-from hqq_core.solver import quantize
 from hqq_core.tensors import QuantizedTensor
 
 Work = list[tuple[ShardOutput, TensorPlan]]  # one tensor, as each plan has it
@@ -147,7 +146,7 @@ def _solve(
     """`share` is what one solved weight counts for, in bytes."""
     assert tensor.spec is not None
     energy, columns, rows = output.weighting.of_tensor(tensor.name)
-    return quantize(
+    return output.writer.solve(
         W,
         tensor.spec,
         energy=energy,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES
 from hqq_core.recipe import Recipe
+from hqq_core.spec import QuantSpec, ZeroMode
 
 # Main block type of each.
 MAIN_TYPES = {
@@ -31,15 +33,46 @@ def main_type(file_type: str) -> str:
     return MAIN_TYPES[file_type]
 
 
-def obstacles(recipe: Recipe, file_type: str | None) -> Iterator[tuple[str, str]]:
-    """Settings of a recipe that contradict its file type: name of each, and what could be; defaults give way."""
-    if file_type is None:
-        by_type, known = recipe.type is not None, ", ".join(MAIN_TYPES)
-        yield ("type", f"one of {known}") if by_type else ("nbits", f"one of {', '.join(map(str, _BY_NBITS))}")
-        return
-    settings = BLOCK_TYPES[main_type(file_type)].settings
-    for field in ("nbits", "group_size", "zero"):
-        if getattr(recipe, field) not in (getattr(_DEFAULTS, field), settings[field]):
-            yield field, f"{settings[field]!r} in type {file_type}"
-    if recipe.axis != 1:
-        yield "axis", "1"
+class FileTypes(Capabilities):
+    """Capabilities whose settings follow from a file type."""
+
+    def spec(self, recipe: Recipe) -> QuantSpec:
+        """Settings of the main block type."""
+        file_type = file_type_of(recipe)
+        return BLOCK_TYPES[main_type(file_type)].spec(recipe.preset) if file_type else recipe.spec("offset")
+
+    def obstacles(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        """Settings that contradict the file type; defaults give way to it."""
+        file_type = file_type_of(recipe)
+        if recipe.axis != 1:
+            yield "axis", "1"
+        if file_type is None:
+            named = ("type", self.types) if recipe.type is not None else ("nbits", tuple(_BY_NBITS))
+            yield named[0], f"one of {', '.join(map(str, named[1]))}"
+            return
+        settings = BLOCK_TYPES[main_type(file_type)].settings
+        for field in ("nbits", "group_size", "zero"):
+            if getattr(recipe, field) not in (getattr(_DEFAULTS, field), settings[field]):
+                yield field, f"{settings[field]!r} in type {file_type}"
+
+
+def _zeros() -> dict[float, tuple[ZeroMode, ...]]:
+    """Zero modes of the block types by width; first that of the file type which the width stands for."""
+    zeros: dict[float, tuple[ZeroMode, ...]] = {}
+    for nbits, file_type in _BY_NBITS.items():
+        first = BLOCK_TYPES[main_type(file_type)].settings["zero"]
+        held = [kind.settings["zero"] for kind in BLOCK_TYPES.values() if kind.settings["nbits"] == nbits]
+        zeros[nbits] = tuple(dict.fromkeys([first, *held]))
+    return zeros
+
+
+CAPABILITIES = FileTypes(
+    zeros=_zeros(),
+    group_sizes=tuple(sorted({kind.settings["group_size"] for kind in BLOCK_TYPES.values()})),
+    types=tuple(MAIN_TYPES),
+    exactness="as solved: scales in half precision, or integers of super-blocks",
+    runtimes=(
+        Runtime("llama.cpp", "0.5", "by node-llama-cpp 3.22"),
+        Runtime("transformers", "5.23", "dequantized; no first Gemma"),
+    ),
+)

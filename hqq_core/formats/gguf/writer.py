@@ -13,10 +13,10 @@ import torch
 from hqq_core.architectures import QUANTIZED, Role
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import CheckpointError, FormatError, HalfquadError, short
-from hqq_core.formats.base import CheckpointWriter, Layout, refuse
+from hqq_core.formats.base import CheckpointWriter, Layout
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES, pack
 from hqq_core.formats.gguf.container import PLAIN, GgufContainer
-from hqq_core.formats.gguf.file_types import file_type_of, main_type, obstacles
+from hqq_core.formats.gguf.file_types import CAPABILITIES, file_type_of
 from hqq_core.formats.gguf.metadata import Model, add_general
 from hqq_core.formats.gguf.mixes import Mix
 from hqq_core.formats.gguf.tokenizer import Tokenizer
@@ -40,12 +40,12 @@ class GgufWriter(CheckpointWriter):
     ----------
     recipe : Recipe, optional
     checkpoint : Checkpoint, optional
-        What `of_recipe` and `of_model` were given; without them there is only `check`.
+        What `of_recipe` and `of_model` were given; without them there is `check_model` alone.
     """
 
     name = "gguf"
+    capabilities = CAPABILITIES
     quantized = (*QUANTIZED, Role.EMBEDDING, Role.HEAD)
-    typed = True
 
     def __init__(self, recipe: Recipe | None = None, checkpoint: Checkpoint | None = None) -> None:
         self._recipe, self._checkpoint = recipe, checkpoint
@@ -56,18 +56,15 @@ class GgufWriter(CheckpointWriter):
 
     def of_model(self, checkpoint: Checkpoint) -> Self:
         """Bound to a model, whose family says names and order of all tensors."""
-        return type(self)(self._recipe, checkpoint)
-
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """Settings of the main block type."""
-        file_type = file_type_of(recipe)
-        for field, wanted in obstacles(recipe, file_type):
-            raise refuse(self, field, getattr(recipe, field), wanted)
-        assert file_type is not None  # else an obstacle
-        return BLOCK_TYPES[main_type(file_type)].spec(recipe.preset)
+        bound = type(self)(self._recipe, checkpoint)
+        bound._model  # noqa: B018  # a family that is not held is refused here
+        return bound
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
-        """A family whose graph llama.cpp has, and a tokenizer that it knows."""
+        """A family whose graph llama.cpp has and, of a source, a tokenizer that it knows."""
+        if self._checkpoint is None:
+            Model.of(config)
+            return
         if Role.HEAD not in quantized | copied and not self._model.tied:
             raise FormatError("format", "no output head, and config.json ties none to the embedding: no causal model")
         try:
@@ -159,7 +156,7 @@ class GgufWriter(CheckpointWriter):
     @cached_property
     def _mix(self) -> Mix:
         file_type = file_type_of(self._recipe) if self._recipe else None
-        assert file_type is not None, "of_recipe and check come first"
+        assert file_type is not None, "of_recipe comes first, with a recipe that was checked"
         model = self._model
         grouped = model.n_heads // model.n_kv_heads
         return Mix(file_type, model.n_layers, grouped, tied=model.tied, large=model.large)
