@@ -111,6 +111,11 @@ def refuse(writer: CheckpointWriter, field: str, got: object, wanted: str) -> Fo
     return FormatError(field, f"{field} {reprlib.repr(got)}: format {writer.name!r} holds {wanted}")
 
 
+def left_alone(quantized: Iterable[str], copied: Iterable[str]) -> list[str]:
+    """Modules that a reader is told to leave alone: those copied, and a tied output head, which the files do not have."""
+    return sorted({"lm_head", *copied} - set(quantized))
+
+
 def refuse_unless_linear(role: Role) -> str | None:
     """For a format that replaces nn.Linear and nothing else."""
     if role in (Role.LINEAR, Role.EXPERT, Role.HEAD, Role.ROUTER):
