@@ -253,6 +253,8 @@ class FormatBody(ResponseBody):
     whole_channel: bool
     """`group_size` null is held too."""
     axes: list[int]
+    types: list[str]
+    """What a recipe may give as its type, which the other settings follow from."""
     exactness: str
     runtimes: list[RuntimeBody]
     lossless: bool
