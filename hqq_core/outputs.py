@@ -44,10 +44,10 @@ def output_folders(recipes: Sequence[Recipe]) -> tuple[str, ...]:
 
 def _name(recipe: Recipe) -> str:
     """Deterministic, and safe as a path: the format is one of ours."""
+    group = f"g{recipe.group_size}" if recipe.group_size else "channel"
     chosen = [
         recipe.format,
-        f"{recipe.nbits}bit",
-        f"g{recipe.group_size}" if recipe.group_size else "channel",
+        *((recipe.type,) if recipe.type else (f"{recipe.nbits}bit", group)),
         f"axis{recipe.axis}" if recipe.axis != 1 else "",
         recipe.zero or "",
         recipe.preset if recipe.preset != "balanced" else "",

@@ -18,6 +18,9 @@ def recipes(
     ] = None,
     axis: Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")] = None,
     zero: Annotated[str | None, typer.Option(help="float, offset, int or none; the format's own unless given.")] = None,
+    type: Annotated[
+        str | None, typer.Option(help="File type of format gguf as llama.cpp names it: Q4_K_M, Q8_0, ...")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
     energy: Annotated[
         str | None, typer.Option(help="What weights the columns: auto, synthetic, analytic or none.")
@@ -36,6 +39,7 @@ def recipes(
         "nbits": int(nbits) if nbits is not None and nbits.is_integer() else nbits,
         "axis": axis,
         "zero": zero,
+        "type": type,
         "preset": preset,
         "energy": energy,
         "fold": fold,

@@ -66,6 +66,8 @@ class RecipeBody(RequestBody):
     axis: StrictInt = 1
     zero: Literal["float", "offset", "int", "none"] | None = None
     """Null: what the format holds best."""
+    type: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    """Of format gguf: a file type as llama.cpp names it, such as Q4_K_M, which bits, group size and zero follow from."""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """How long the solver searches."""
     energy: Literal["auto", "synthetic", "analytic", "none"] = "auto"
@@ -251,6 +253,8 @@ class FormatBody(ResponseBody):
     whole_channel: bool
     """`group_size` null is held too."""
     axes: list[int]
+    types: list[str]
+    """What a recipe may give as its type, which the other settings follow from."""
     exactness: str
     runtimes: list[RuntimeBody]
     lossless: bool

@@ -70,7 +70,7 @@ def test_stored_recipes_follow_the_library(database, hand):
 
 
 def test_a_job_of_one_recipe_becomes_one_of_a_list(database, hand):
-    recipe = Recipe(format="hqq").to_dict()
+    recipe = {name: value for name, value in Recipe(format="hqq").to_dict().items() if name != "type"}
     metrics = {"relative_error": 0.1234567890123456789, "bits_per_weight": 4.5, "worst_tensors": [], "energy_note": "é"}
     artifact = {"name": "model.safetensors", "nbytes": 120, "sha256": "0" * 64}
     done, running = hand.insert(), hand.insert()
@@ -105,6 +105,21 @@ def test_a_job_of_one_recipe_becomes_one_of_a_list(database, hand):
         stored = session.scalars(text("SELECT data FROM events WHERE type = 'done' ORDER BY seq")).all()
     assert [read(value) for value in (*kept, *stored)] == [recipe, result, over, {"status": "cancelled"}]
     migrate(database)
+
+
+def test_an_older_library_takes_recipes_without_a_type(database, hand):
+    recipes = [Recipe(format="hqq", nbits=1.58), Recipe()]
+    job = hand.insert()
+    with database.write() as session:
+        stored = json.dumps([recipe.to_dict() for recipe in recipes])
+        session.execute(text("UPDATE jobs SET recipes = :recipes"), {"recipes": stored})
+    downgrade(database, "0004")
+    with database.read() as session:
+        kept = read(session.scalar(text("SELECT recipes FROM jobs")))
+    known = [{name: value for name, value in recipe.to_dict().items() if name != "type"} for recipe in recipes]
+    assert kept == known
+    migrate(database)
+    assert [Recipe.from_dict(recipe) for recipe in hand.get(job).recipes] == recipes
 
 
 def read(stored):
