@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -110,3 +111,15 @@ class QuantizedTensor:
     def numel(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of what was solved, whatever the format: what a reader of the written file must find again.
+
+        Over the codes in the order of W, a byte each; then the scales, then the zeros (with zero "offset" the offsets), in the
+        order of the groups, as little-endian float32.
+        """
+        shift = self.offset if self.spec.zero == "offset" else self.zero
+        digest = hashlib.sha256(self.W_q.contiguous().numpy().data)
+        for part in (self.scale, shift):
+            digest.update(part.float().contiguous().numpy().astype("<f4", copy=False).data)
+        return digest.hexdigest()

@@ -1,6 +1,6 @@
 """halfquad: one command. Data goes to stdout, talk to stderr; commands load what they need when they run.
 
-Exit codes: 0 done, 1 failed, also where the system refuses a file, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed (also a result that is not sound, or where the system refuses a file), 2 bad input, 130 interrupted.
 """
 
 import json
@@ -55,12 +55,12 @@ def main() -> NoReturn:
 
 def _exit_code(error: Exception) -> int | None:
     """What an error of ours, or of the system, ends the command with; None for a bug."""
-    from hqq_core.errors import HalfquadError, StorageFullError
+    from hqq_core.errors import HalfquadError, StorageFullError, VerificationError
     from service.client import HalfquadClientError, InvalidRequestError, NotFoundError
     from service.common.errors import ServiceError
 
     match error:
-        case StorageFullError():
+        case StorageFullError() | VerificationError():
             return 1
         case HalfquadError() | InvalidRequestError() | NotFoundError():
             return 2
@@ -194,6 +194,37 @@ def quantize(
     for made in outputs:
         _print_metrics(made["metrics"])
         typer.echo(f"{'written to':18} {output / made['folder']}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A result: of `quantize`, or downloaded from a job.")
+    ],
+    against: Annotated[Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made of.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores unless given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a result again and compare it with what was solved, and with its source; exits with 1 where it is not sound."""
+    from hqq_core.checkpoint import Checkpoint
+    from hqq_core.errors import VerificationError
+    from hqq_core.verify import verify_folder
+
+    source = Checkpoint.open(against) if against else None
+    try:
+        with _bytes_bar(folder.name) as report:
+            found = verify_folder(folder, source, threads=threads, progress=_stopping_on_signals(report))
+    except VerificationError as error:
+        if as_json:
+            _print_json({"sound": False, "name": error.name, "message": str(error)})
+        raise
+    if as_json:
+        _print_json({"sound": True, **found.to_dict()})
+        return
+    compared = f"and with {against}" if against else "(give --against SRC to compare with the source too)"
+    typer.echo(f"{'sound':18} {found.files} files, {found.nbytes / 1e6:.1f} MB")
+    typer.echo(f"{'quantized':18} {found.tensors_quantized} tensors, compared with what was solved {compared}")
+    typer.echo(f"{'copied':18} {found.tensors_copied} tensors")
 
 
 @app.command()

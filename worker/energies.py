@@ -24,7 +24,8 @@ def obtain(
     checkpoint: Checkpoint, plans: Sequence[Plan], path: Path, cache: EnergyCache, heartbeat: Heartbeat
 ) -> tuple[Energies, bool]:
     """The energies that a job's recipes ask for, also saved at `path`, and whether an earlier job had left them."""
-    mode, correlated = plans[0].recipe.energy, any(plan.recipe.correlated for plan in plans)
+    mode = next(plan.recipe.energy for plan in plans if plan.recipe.weighted)  # on which they agree
+    correlated = any(plan.recipe.correlated for plan in plans)
     kind = f"{mode}, correlated" if correlated else mode
     before = _state(checkpoint)
     discard_temporaries(path)

@@ -17,7 +17,7 @@ from structlog.contextvars import bound_contextvars
 from hqq_core import convert
 from hqq_core.checkpoint import MANIFEST, Checkpoint
 from hqq_core.energy import Energies
-from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError
+from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError, VerificationError
 from hqq_core.plan import Plan, build_plans
 from hqq_core.recipe import Recipe
 from hqq_core.results import ArtifactFile, Manifest, ShardResult
@@ -34,6 +34,7 @@ from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat, Stop
 from worker.reaper import discard_files
 from worker.sources import open_source
+from worker.verification import verification
 from worker.workplace import Workplace
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -132,6 +133,8 @@ def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job
     cache = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
     found, cached = energies.obtain(checkpoint, plans, store.energies(claim.job_id), cache, heartbeat)
     plans = [plan.with_energies(found) for plan in plans]
+    for plan in plans:
+        convert.write_folding(plan, found, store.output(claim.job_id))
     _write_plans(workplace, claim, plans, profiled=True)
     weighted = (tensor for plan in plans if plan.recipe.weighted for tensor in plan.tensors if tensor.spec)
     counts = Counter({tensor.name: tensor.energy or "none" for tensor in weighted}.values())
@@ -166,7 +169,7 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
 
 
 def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """Every written byte read once more; then what completes each plan's folder and, last in each, its manifest."""
+    """What completes each plan's folder; then all of it read again and held against the source; last in each, its manifest."""
     plans = _final_plans(workplace, claim)
     checkpoint = open_source(claim.source, workplace.roots)
     with workplace.database.read() as session:
@@ -198,14 +201,11 @@ def _finish(
         once_more = convert.finished(plan, output, progress=lambda nbytes_done: progress(min(nbytes_done, nbytes)))
         if once_more is not None:
             return once_more
-        done = 0
-        for result in results:
-            convert.verify_shard(plan, result, output, progress=_after(done, progress))
-            done += sum(file.nbytes for file in result.files)
-    except CheckpointError as error:
+        _check_room(workplace, plan.finish_nbytes)
+        check = verification(checkpoint, nbytes, threads=workplace.settings.threads, progress=progress)
+        return convert.finish_checkpoint(checkpoint, plan, results, output, check=check)
+    except VerificationError as error:
         raise ResultDamaged(f"what was written is not what was solved: {error}") from error
-    _check_room(workplace, plan.finish_nbytes)
-    return convert.finish_checkpoint(checkpoint, plan, results, output)
 
 
 def _artifacts(plan: Plan, manifest: Manifest, output: Path) -> list[dict[str, Any]]:

@@ -53,5 +53,5 @@ def super_block_search(spec: QuantSpec) -> SuperBlockSearch:
     """With one start and no iterations nothing is. A neighbour without an offset takes a third of the time of another."""
     if spec.starts == 1 and spec.iters == 0:
         return SuperBlockSearch(0, 0, 0, 0)
-    radius = min(spec.starts * 3 // 4, 8) * (2 if spec.zero == "none" else 1)
+    radius = min(spec.starts, 8) * (2 if spec.zero == "none" else 1)
     return SuperBlockSearch(max(1, min(spec.starts // 8, 4)), min(spec.iters, 1), radius, (spec.iters + 1) // 2)

@@ -190,7 +190,7 @@ def bad_requests(models: Path, outside: Path) -> dict[str, tuple[dict, str, str]
         "unknown field": ({"source": here, "colour": "red"}, "request_invalid", "/colour"),
         "unknown setting": ({"source": here, "recipe": {"bits": 4}}, "request_invalid", "/recipe/bits"),
         "group size": ({"source": here, "recipe": {"group_size": 48}}, "format_cannot_hold", "/recipe/group_size"),
-        "bits": ({"source": here, "recipe": {"nbits": 7}}, "invalid_setting", "/recipe/nbits"),
+        "bits": ({"source": here, "recipe": {"nbits": 9}}, "invalid_setting", "/recipe/nbits"),
         "outside": ({"source": {"type": "folder", "path": str(outside)}}, "source_not_allowed", "/source/path"),
         "nowhere": ({"source": {"type": "folder", "path": "/nowhere"}}, "source_not_allowed", "/source/path"),
         "link": (

@@ -90,6 +90,40 @@ def test_quantize_talks_to_people_too(tmp_path: Path, halfquad: Run) -> None:
     assert "tiny" in stderr, "the progress bar"
 
 
+def test_verify_finds_a_result_sound(tmp_path: Path, halfquad: Run) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    halfquad("quantize", source, "--output", output, "--energy", "none")
+    stdout, stderr = halfquad("verify", output, "--against", source)
+    assert "14 tensors, compared with what was solved and with" in stdout
+    assert "out" in stderr, "the progress bar"
+    stdout, _ = halfquad("verify", output, "--threads", 1, "--json")
+    found = json.loads(stdout)
+    assert (found["sound"], found["tensors_quantized"], found["against_source"]) == (True, 14, False)
+
+
+def test_verify_names_the_tensor_that_is_not_sound(tmp_path: Path, halfquad: Run) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    halfquad("quantize", source, "--output", output, "--energy", "none")
+    with (output / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    stdout, stderr = halfquad("verify", output, "--json", code=1)
+    found = json.loads(stdout)
+    assert found["sound"] is False
+    assert found["name"].startswith("model.")
+    assert f"error: {found['message']}" in stderr
+
+
+def test_verify_tells_bad_input_from_a_bad_result(tmp_path: Path, halfquad: Run) -> None:
+    source = save_llama(tmp_path / "tiny")
+    assert "no halfquad_manifest.json" in halfquad("verify", source, code=2)[1]
+    assert "no such folder" in halfquad("verify", tmp_path / "nowhere", code=2)[1]
+    halfquad("quantize", source, "--output", tmp_path / "out", "--energy", "none")
+    assert "nowhere" in halfquad("verify", tmp_path / "out", "--against", tmp_path / "nowhere", code=2)[1]
+
+
 def test_quantize_takes_several_formats(tmp_path: Path, halfquad: Run) -> None:
     source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
     options = ["--format", "mlx", "--format", "metal", "--energy", "none", "--output", output]
@@ -153,7 +187,7 @@ def test_options_reach_the_recipe(tmp_path: Path, halfquad: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--nbits", "7"], "nbits"),
+        (["--nbits", "9"], "nbits"),
         (["--group-size", "48"], "group_size 48"),
         (["--group-size", "some"], "--group-size"),
         (["--format", "typo"], "typo"),

@@ -110,7 +110,7 @@ def test_bits_are_whole_or_ternary(submit, nbits, shown):
         ({"recipe": {"bits": 4}}, "extra_forbidden", "/recipe/bits"),
         ({"recipe": {"nbits": "4"}}, "float_type", "/recipe/nbits"),
         ({"recipe": {"nbits": True}}, "float_type", "/recipe/nbits"),
-        ({"recipe": {"nbits": 7}}, "invalid_setting", "/recipe/nbits"),
+        ({"recipe": {"nbits": 9}}, "invalid_setting", "/recipe/nbits"),
         ({"recipe": {"nbits": 1.5, "format": "hqq"}}, "invalid_setting", "/recipe/nbits"),
         ({"recipe": {"preset": "slow"}}, "literal_error", "/recipe/preset"),
         ({"recipe": {"energy": "solar"}}, "literal_error", "/recipe/energy"),
@@ -126,9 +126,9 @@ def test_bits_are_whole_or_ternary(submit, nbits, shown):
             "too_long",
             "/recipes",
         ),
-        ({"recipes": [{}, {"nbits": 7}]}, "invalid_setting", "/recipes/1/nbits"),
+        ({"recipes": [{}, {"nbits": 9}]}, "invalid_setting", "/recipes/1/nbits"),
         ({"recipes": [{}, {"nbits": "4"}]}, "float_type", "/recipes/1/nbits"),
-        ({"recipes": [{"nbits": 1, "format": "mlx"}, {}]}, "format_cannot_hold", "/recipes/0/nbits"),
+        ({"recipes": [{"nbits": 1, "format": "awq"}, {}]}, "format_cannot_hold", "/recipes/0/nbits"),
         ({"recipes": [{}, {"format": "gguf"}]}, "format_cannot_hold", "/recipes/1/format"),
         ({"recipes": [{}, {"format": "mlx", "energy": "none"}]}, "invalid_setting", "/recipes/1/energy"),
         ({"recipes": [{}, {"format": "mlx"}, {}]}, "invalid_setting", "/recipes/2/format"),
@@ -268,7 +268,7 @@ def test_first_answer_stands_where_the_body_would_now_be_refused(api, body, sett
 def test_key_of_another_body_is_told_of_before_what_is_wrong_with_this_one(api, body):
     headers = {"Idempotency-Key": "k"}
     api.post("/v1/jobs", json=body, headers=headers)
-    response = api.post("/v1/jobs", json=body | {"recipe": {"nbits": 7}}, headers=headers)
+    response = api.post("/v1/jobs", json=body | {"recipe": {"nbits": 9}}, headers=headers)
     assert (response.status_code, response.json()["code"]) == (422, "idempotency_key_reused")
 
 
