@@ -24,9 +24,10 @@ from hqq_core.convert import finished
 from hqq_core.errors import FormatError, SpecError, StorageFullError, VerificationError
 from hqq_core.formats import FORMATS, settled
 from hqq_core.plan import Plan
-from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
+from tests.checkpoints import VOCABULARY, folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.onefile import RESULT, OneFileWriter, read_one_file
 from tests.oracles import stored_tensors
+from tests.vocabularies import save_tokenizer
 
 MLX, METAL, PACKED = Recipe(format="mlx"), Recipe(format="metal"), Recipe(format="compressed-tensors")
 EVERY = [Recipe(format=name) for name, writer in FORMATS.items() if not writer.capabilities.lossless]
@@ -47,7 +48,7 @@ def one_file(monkeypatch):
 @pytest.mark.parametrize("recipes", [EVERY, MIXED, MIXED[::-1]], ids=["every format", "mixed", "mixed, backwards"])
 def test_each_folder_is_what_its_recipe_alone_gives(tmp_path, recipes):
     source = save_llama(tmp_path / "m", hidden=128, n_shards=2)
-    (source / "tokenizer.json").write_text("{}")
+    save_tokenizer(source, "gpt-2", VOCABULARY)
     manifests = quantize_checkpoint(source, tmp_path / "out", *recipes)
     folders = output_folders(recipes)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(folders)
@@ -58,7 +59,8 @@ def test_each_folder_is_what_its_recipe_alone_gives(tmp_path, recipes):
 
 @pytest.mark.parametrize("recipes", [EVERY, [MLX], [Recipe(format="mlx", include_modules=("lm_head",)), PACKED]])
 def test_each_byte_of_the_source_is_read_once(tmp_path, monkeypatch, recipes):
-    checkpoint = Checkpoint.open(save_llama(tmp_path / "m", n_shards=2))
+    source = save_tokenizer(save_llama(tmp_path / "m", n_shards=2), "gpt-2", VOCABULARY)
+    checkpoint = Checkpoint.open(source)
     plans = build_plans(checkpoint, recipes)
     reads = []
     real = shard_room.ShardReader.read.__globals__["read_exactly"]

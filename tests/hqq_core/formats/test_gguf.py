@@ -7,14 +7,17 @@ import sys
 
 import pytest
 import torch
+from gguf import GGUFReader
 
-from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
+from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint, quantize_shard
 from hqq_core.errors import CheckpointError, FormatError
 from hqq_core.formats import check_recipe
 from hqq_core.formats.gguf.file_types import main_type
 from hqq_core.formats.gguf.mixes import Mix
-from tests.checkpoints import folder_bytes, save_checkpoint
+from hqq_core.safetensors_file import DTYPES
+from tests.checkpoints import VOCABULARY, folder_bytes, save_checkpoint
 from tests.families import build
+from tests.hqq_core.formats.contract import WriterContract
 from tests.oracles import gguf_keys, gguf_model, gguf_tensors, gguf_types, stored_tensors
 from tests.solved import stored_as
 from tests.vocabularies import save_tokenizer
@@ -42,6 +45,43 @@ def save_model(folder, family, kind=None, shard_size="150KB", **changes):
 def logits(model):
     with torch.no_grad():
         return model(torch.arange(3, 27)[None] * 7 % 320).logits
+
+
+class TestGguf(WriterContract):
+    """Where the contract speaks of settings and of safetensors files, types and parts of a file stand for them."""
+
+    name = "gguf"
+
+    def save(self, folder, layers=2, hidden=128, n_shards=1, dtype=torch.bfloat16):
+        return save_tokenizer(super().save(folder, layers, hidden, n_shards, dtype), "gpt-2", VOCABULARY)
+
+    @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+    def test_the_reader_sees_what_was_solved(self, tmp_path, dtype):
+        source = self.save(tmp_path / "m", 1, 256, dtype=DTYPES[dtype])
+        for file_type in ("Q4_1", "Q4_K_M", "Q6_K"):
+            recipe = Recipe(format="gguf", type=file_type)
+            quantize_checkpoint(source, tmp_path / file_type, recipe)
+            state = gguf_model(tmp_path / file_type).state_dict()
+            assert all(torch.equal(state[name], value) for name, value in stored_as(source, recipe).items())
+
+    def test_sizes_are_known_before_the_work(self, tmp_path):
+        source = self.save(tmp_path / "m", n_shards=2)
+        plan = build_plan(Checkpoint.open(source), self.recipe)
+        quantize_checkpoint(source, tmp_path / "out", self.recipe)
+        stored = GGUFReader(tmp_path / "out" / "model.gguf").tensors
+        assert plan.nbytes_out == sum(tensor.n_bytes for tensor in stored)
+        header = stored[0].data_offset
+        assert plan.finish_nbytes > header + plan.nbytes_out, "parts and file lie on the disk at once"
+
+    def test_no_file_is_larger_than_the_limit(self, tmp_path):
+        limit = 60_000
+        source = self.save(tmp_path / "m", layers=12, hidden=64, n_shards=2)
+        recipe = Recipe(format="gguf", type="Q4_1", energy="none", max_shard_nbytes=limit)
+        checkpoint = Checkpoint.open(source)
+        plan = build_plan(checkpoint, recipe)
+        files = [file for i in (0, 1) for file in quantize_shard(checkpoint, [plan], i, tmp_path)[0].files]
+        assert len(files) > 4
+        assert max((tmp_path / file.name).stat().st_size for file in files) <= limit
 
 
 @pytest.mark.parametrize("file_type", ["Q4_1", "Q5_1", "Q8_0"])
@@ -111,18 +151,6 @@ def test_shards_of_the_source_do_not_show(tmp_path):
         assert not [name for name in names if "part" in name or name.endswith(".safetensors")]
     assert len(list((tmp_path / "50KB").glob("*.safetensors"))) > 4
     assert len(set(results)) == 1
-
-
-def test_parts_and_file_lie_on_the_disk_at_once(tmp_path):
-    plan = build_plan(Checkpoint.open(save_model(tmp_path / "m", "llama")), Recipe(format="gguf"))
-    assert plan.finish_nbytes > plan.nbytes_out
-
-
-def test_the_same_source_gives_the_same_bytes(tmp_path):
-    source = save_model(tmp_path / "m", "qwen2")
-    for name in ("one", "two"):
-        quantize_checkpoint(source, tmp_path / name, Recipe(format="gguf", type="Q5_1", energy="none"))
-    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
 def test_skipped_modules_keep_the_source_s_type(tmp_path):
