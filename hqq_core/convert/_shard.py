@@ -135,14 +135,13 @@ def _convert(work: Work, W: torch.Tensor, threads: int | None, done: Counter, as
             problems[tensor.problem, type(output.writer).solve].append((output, tensor))
     for asking in problems.values():
         quantized = _solve(W, *asking[0], Fraction(W.itemsize, len(problems)), threads, done)
-        writers = {type(output.writer).digest: output.writer for output, _ in asking}
-        digests = {kind: aside.submit(writer.digest, quantized) for kind, writer in writers.items()}
+        digest = aside.submit(quantized.digest)
         for output, tensor in asking:
             output.quantized(tensor, quantized)
         errors = quantized.squared_error, quantized.squared_norm
-        for output, tensor in asking:
-            digest = digests[type(output.writer).digest].result()
-            output.note(TensorResult(tensor.name, quantized.numel, *errors, digest))
+        result = TensorResult(work[0][1].name, quantized.numel, *errors, digest.result())
+        for output, _ in asking:
+            output.note(result)
     if not problems:
         done.add(W.nbytes)
 

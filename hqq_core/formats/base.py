@@ -93,10 +93,6 @@ class CheckpointWriter(ABC):
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Tensors to store for the weight of `module`."""
 
-    def digest(self, tensor: QuantizedTensor) -> str:
-        """Hex SHA-256 of what a reader that shares no code with this format must find again."""
-        return tensor.digest()
-
     def layout_copied(self, name: str, dtype: str, shape: tuple[int, ...]) -> Layout | None:
         """What `encode_copied` will return for a tensor that is not quantized; None: its bytes, which are streamed."""
         return None

@@ -21,7 +21,6 @@ from hqq_core.errors import VerificationError
 from hqq_core.results import ArtifactFile, Manifest
 from hqq_core.verify._check import Count, check_copied, check_quantized
 from hqq_core.verify._expected import Expected, path_in, read_expected, read_json, read_manifest
-from hqq_core.verify._gguf import SUFFIX, GgufResult
 from hqq_core.verify._result import Result, SafetensorsResult
 from hqq_core.verify._source import Source
 from hqq_core.verify._threads import run
@@ -96,7 +95,7 @@ def verify_folder(
         if (nbytes := files[file.name].stat().st_size) != file.nbytes:
             raise VerificationError(file.name, f"{nbytes} bytes: wanted {file.nbytes}")
     expected = read_expected(path_in(folder, REPORT))
-    result = _result(folder, files)
+    result = SafetensorsResult.of(folder, files, read_json(path_in(folder, CONFIG)))
     against = Source.of(source, files.get(FOLDING)) if source else None
     if against:
         against.check(expected)
@@ -117,12 +116,6 @@ def verify_folder(
         against_source=source is not None,
         error_deviation=max((d for d in deviations if d is not None), default=None),
     )
-
-
-def _result(folder: Path, files: dict[str, Path]) -> Result:
-    if any(name.endswith(SUFFIX) for name in files):
-        return GgufResult.of(folder, files)
-    return SafetensorsResult.of(folder, files, read_json(path_in(folder, CONFIG)))
 
 
 def _tensor_checks(

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from hqq_core.checkpoint import CONFIG
 from hqq_core.errors import VerificationError
 from hqq_core.verify._expected import Expected
 from hqq_core.verify._matrix import Matrix
-from hqq_core.verify._result import StoredCopy
 from hqq_core.verify._source import Source
+from hqq_core.verify._weights import StoredTensor
 
 BLOCK_NUMEL = 1 << 17  # a second-level cache holds a block's floats
 BLOCK_ROWS = 8  # blocks are of whole words in any layout
@@ -41,7 +42,7 @@ def check_quantized(
         return _check_matrix(read(), expected, source, count)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of settings that no layout has
         reason = f"{type(error).__name__}: {error}"
-        raise VerificationError(expected.name, f"cannot be read: {reason}") from error
+        raise VerificationError(expected.name, f"cannot be read as {CONFIG} has it: {reason}") from error
 
 
 def _check_matrix(matrix: Matrix, expected: Expected, source: Source | None, count: Count) -> float | None:
@@ -70,7 +71,7 @@ def _check_matrix(matrix: Matrix, expected: Expected, source: Source | None, cou
     return _check_error(expected, squared_error, squared_norm, matrix.shift_norm())
 
 
-def check_copied(stored: StoredCopy, expected: Expected, source: Source | None, count: Count) -> None:
+def check_copied(stored: StoredTensor, expected: Expected, source: Source | None, count: Count) -> None:
     """Type, shape, digest and, with a source, bytes of a tensor that was not quantized; those of a folded one changed."""
     found, wanted = (stored.dtype, stored.shape), (expected.dtype, expected.shape)
     if found != wanted:
@@ -81,7 +82,7 @@ def check_copied(stored: StoredCopy, expected: Expected, source: Source | None, 
         count(len(piece))
     _check_digest(expected, digest.hexdigest(), "what was copied" if not expected.folded else "what was folded")
     if source and not expected.folded:
-        for piece in stored.of_source(source.pieces(expected)):
+        for piece in source.pieces(expected):
             same.update(piece)
             count(len(piece))
         if same.digest() != digest.digest():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,31 +18,13 @@ from hqq_core.verify.readers import Module, Reader, left_alone, reader_of
 WEIGHTS = ".safetensors"
 
 
-class StoredCopy(Protocol):
-    """A tensor that was not quantized, where it is stored."""
-
-    @property
-    def dtype(self) -> str:
-        """In safetensors' words."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
-
-    def pieces(self) -> Iterator[memoryview]:
-        """Its bytes, a piece at a time."""
-
-    def of_source(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """What the bytes of the source's tensor are here."""
-
-
 class Result(Protocol):
     """Gives what each tensor of the source became; each once, so that what is left is what nobody expects."""
 
     def weight(self, tensor: Expected) -> Callable[[], Matrix]:
         """A quantized one, to be read when its turn comes."""
 
-    def copy(self, tensor: Expected) -> StoredCopy:
+    def copy(self, tensor: Expected) -> StoredTensor:
         """One that was not quantized."""
 
     def check_all_taken(self) -> None:

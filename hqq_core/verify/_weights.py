@@ -68,10 +68,6 @@ class StoredTensor:
                 _fill(file.fileno(), piece, begin, self)
                 yield piece
 
-    def of_source(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        """What the bytes of the source's tensor are here: themselves."""
-        return pieces
-
 
 def floats(words: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Stored words of a safetensors type F32, F16 or BF16 as float32, exactly."""

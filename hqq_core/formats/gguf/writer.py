@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import struct
 from collections.abc import Iterable
 from functools import cached_property
@@ -29,7 +28,6 @@ from hqq_core.tensors import QuantizedTensor
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
 
-GROUPS_AT_ONCE = 1 << 12
 _SUFFIXES = (".weight", ".bias")
 _BUFFERS = ".rotary_emb.inv_freq"  # of old checkpoints: computed, not learned
 _PLAIN_DTYPES = {torch.float32: "F32", torch.float64: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -100,16 +98,6 @@ class GgufWriter(CheckpointWriter):
         name = f"{module}.weight"
         rows = torch.from_numpy(pack(block_type_of(tensor.spec), tensor))
         return {self._stored_name(name): self._model.arranged(name, rows)}
-
-    def digest(self, tensor: QuantizedTensor) -> str:
-        """Over the values, row by row, as little-endian float32 with one zero: the reader, ggml's own, gives no codes."""
-        digest, shift = hashlib.sha256(), tensor.offset if tensor.spec.zero == "offset" else tensor.zero
-        for start in range(0, len(tensor.W_q), GROUPS_AT_ONCE):
-            part = slice(start, start + GROUPS_AT_ONCE)
-            codes, scale, by = tensor.W_q[part].float(), tensor.scale[part].float(), shift[part].float()
-            values = codes * scale + by if tensor.spec.zero == "offset" else (codes - by) * scale
-            digest.update((values + 0.0).numpy().data)
-        return digest.hexdigest()
 
     def layout_copied(self, name: str, dtype: str, shape: tuple[int, ...]) -> Layout | None:
         """Vectors as float32, matrices as they are; nothing where the file has no place for it."""
