@@ -49,9 +49,12 @@ class GgufResult:
 
     @classmethod
     def of(cls, path: Path) -> GgufResult:
-        """From a file; a VerificationError where it is none of the format, or of a family that the library does not know."""
+        """From the folder's only such file; a VerificationError where it is none, or of a family that the library lacks."""
         from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
+        for other in path.parent.glob(f"*{GGUF}"):
+            if other.name != path.name:
+                raise VerificationError(other.name, f"beside {path.name}: readers may load it")
         try:
             reader = GGUFReader(path)
             found = reader.fields["general.architecture"].contents()

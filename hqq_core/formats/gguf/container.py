@@ -76,11 +76,6 @@ class GgufContainer:
         """A part, whose tensors are bytes."""
         return _BytesWriter(path, _as_bytes(tensors))
 
-    def check(self, path: Path) -> None:
-        """The part's header is read with distrust."""
-        with path.open("rb") as file:
-            read_header(file.fileno(), path.name)
-
     def finish(
         self, checkpoint: Checkpoint, parts: Sequence[Part], folder: Path
     ) -> tuple[list[ArtifactFile], list[ArtifactFile]]:
