@@ -1,0 +1,95 @@
+"""The matrix: which settings each runtime is shown. Adding a format or a runtime is a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hqq_core import Recipe
+from hqq_core.formats.gptq import FAMILIES
+
+SMOLLM2 = "smollm2-135m"
+BITS = (4, 2, 3, 5, 6, 8)
+GROUPS = (64, 32, 128)  # of 128 SmolLM2's 576 inputs are no multiple: there its down projections alone are quantized
+TINY = tuple(f"{family}, {dtype}" for family in FAMILIES for dtype in ("float16", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Settings of one format, each for the same models and runtimes.
+
+    Parameters
+    ----------
+    format : str
+    runtimes : tuple of str
+        Names in `RUNTIMES`.
+    nbits, group_sizes, zeros : tuple
+        All combinations.
+    models : tuple of str
+        A name in `tests.models.MODELS`, or "family, dtype" for a tiny random model of `tests.families`.
+    more : dict
+        Other fields of the recipe.
+    """
+
+    format: str
+    runtimes: tuple[str, ...]
+    nbits: tuple[float, ...]
+    group_sizes: tuple[int | None, ...] = GROUPS
+    zeros: tuple[str | None, ...] = (None,)
+    models: tuple[str, ...] = (SMOLLM2,)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[str, Recipe]]:
+        for model, nbits, size, zero in itertools.product(self.models, self.nbits, self.group_sizes, self.zeros):
+            settings = {"nbits": nbits, "group_size": size, "zero": zero, "preset": "fast", "energy": "analytic"}
+            yield model, Recipe(format=self.format, **settings, **self.more)
+
+
+MATRIX = (
+    Cells("compressed-tensors", ("transformers",), BITS, GROUPS, ("int", "none")),
+    Cells("compressed-tensors", ("vLLM",), (4,), GROUPS, ("int", "none")),
+    Cells("mlx", ("mlx-lm",), BITS, GROUPS),
+    Cells("mlx", ("mlx-lm",), (4,), (64,), more={"include_modules": ("embed_tokens",)}),
+    Cells("metal", ("transformers (metal)",), (4, 2, 8), GROUPS),
+    Cells("hqq", ("hqq",), (*BITS, 1, 1.58), GROUPS),
+    Cells("hqq", ("hqq",), (2, 3, 4, 8), (64,), more={"axis": 0}),
+    Cells("hqq", ("hqq",), (4,), (64,), ("int", "none")),
+    Cells("hqq", ("transformers 4",), (*BITS, 1, 1.58), (64,)),
+    Cells("awq", ("vLLM", "mlx-lm", "gptqmodel"), (4,), (64, 128)),
+    Cells("gptq", ("gptqmodel",), (4, 8), (64, 32)),  # gptq wants all layers
+    Cells("awq", ("gptqmodel",), (4,), (64, 128), models=TINY),
+    Cells("gptq", ("gptqmodel",), (4, 8), GROUPS, models=TINY),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result, and the runtimes that it is shown."""
+
+    model: str
+    recipe: Recipe
+    runtimes: tuple[str, ...]
+
+
+def selected(matrix: Iterable[Cells], words: list[str], done: Container[tuple[str, str, Recipe]]) -> list[Cell]:
+    """Each result once, with those of its runtimes that a word names, or all if one names its format; without words, all."""
+    found: dict[tuple[str, Recipe], list[str]] = {}
+    for cells in matrix:
+        named = [name for name in cells.runtimes if not words or {name, cells.format} & set(words)]
+        for model, recipe in cells:
+            todo = [name for name in named if (name, model, recipe) not in done]
+            found.setdefault((model, recipe), []).extend(todo)
+    return [Cell(model, recipe, tuple(names)) for (model, recipe), names in found.items() if names]
+
+
+def first_of_each(cells: Iterable[Cell]) -> Iterator[Cell]:
+    """One cell for each format in a runtime."""
+    seen: set[tuple[str, str]] = set()
+    for cell in cells:
+        names = tuple(name for name in cell.runtimes if (name, cell.recipe.format) not in seen)
+        seen |= {(name, cell.recipe.format) for name in names}
+        if names:
+            yield dataclasses.replace(cell, runtimes=names)

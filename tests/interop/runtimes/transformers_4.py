@@ -1,0 +1,16 @@
+"""transformers 4.57 with the hqq library, format `hqq`; computes in the type that the file names."""
+
+import causal
+from protocol import Answer, Task, counted, serve
+from transformers import AutoModelForCausalLM
+
+
+def compute(task: Task) -> Answer:
+    """On HQQLinear, which dequantizes layer by layer."""
+    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype="auto", device_map="cpu").eval()
+    layers = counted(type(module).__name__ for module in model.modules() if hasattr(module, "W_q"))
+    return Answer(causal.greedy(model, task.prompt, task.n_new), layers, logits=causal.logits(model, task.windows))
+
+
+if __name__ == "__main__":
+    serve(compute, ["transformers", "hqq"])
