@@ -32,9 +32,9 @@ MAX_CARRIED_NBYTES = 256_000_000
 MAX_FOLDER_DEPTH = 4
 
 CARRIED = (
-    "*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "*.spm",
-    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+    "*.json", "*.txt", "*.md", "*.model", "tokenizer.model*", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "*.spm",
 )  # fmt: skip
+LEGAL = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "*USE_POLICY*")  # in any case: MODEL_LICENSE, License.pdf
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
@@ -190,7 +190,7 @@ def _weight_files(folder: Path, opener: Opener) -> tuple[list[str], dict[str, st
         return weights, {}
     if weights:
         raise CheckpointError(f"{len(weights)} safetensors files and no {INDEX}: wanted {SINGLE}, or an index")
-    pickled = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in PICKLED)]
+    pickled = [name for name in present if _matches(name, PICKLED)]
     if pickled:
         raise CheckpointError(f"{pickled[0]}: pickled weights are never opened: wanted safetensors")
     raise CheckpointError(f"no {SINGLE} and no {INDEX} in the folder")
@@ -253,7 +253,13 @@ def _opened(path: Path, opener: Opener, missing: str) -> Iterator[int]:
 
 
 def _is_carried(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED) and not name.endswith(".index.json")
+    if name.endswith((".index.json", ".py", ".safetensors")):
+        return False
+    return _matches(name, CARRIED) or _matches(name.upper(), LEGAL)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:

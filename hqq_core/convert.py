@@ -33,7 +33,6 @@ from hqq_core.safetensors_file import (
     sha256_file,
     write_file,
 )
-from hqq_core.solver import quantize
 from hqq_core.weighting import Weighting
 
 CLAIM = f"{TEMPORARY_PREFIX}claim"
@@ -198,7 +197,8 @@ def _write_quantized(
 ) -> TensorResult:
     assert tensor.spec is not None
     energy, columns, rows = weighting.of_tensor(tensor.name)
-    quantized = quantize(
+    format_writer = writer_of(plan.recipe)
+    quantized = format_writer.solve(
         W,
         tensor.spec,
         energy=energy,
@@ -209,7 +209,7 @@ def _write_quantized(
         threads=threads,
         progress=lambda numel: done.add(numel * W.itemsize),
     )
-    for name, value in writer_of(plan.recipe).encode(tensor.module, quantized).items():
+    for name, value in format_writer.encode(tensor.module, quantized).items():
         writer.write(name, value)
     return TensorResult(tensor.name, quantized.numel, quantized.squared_error, quantized.squared_norm)
 

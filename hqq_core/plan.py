@@ -11,7 +11,7 @@ from hqq_core.architectures import QUANTIZED, Role, role, ties_head
 from hqq_core.checkpoint import SINGLE, Checkpoint
 from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
-from hqq_core.formats import writer_of
+from hqq_core.formats import check_model, check_recipe, settled, writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
 from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import DTYPES, TensorEntry, header_nbytes, tensor_nbytes
@@ -197,8 +197,8 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     FormatError, SpecError
         The recipe asks for what the format or this checkpoint cannot give; names the setting.
     """
+    recipe, spec = settled(recipe), check_recipe(recipe)
     writer = writer_of(recipe)
-    spec = writer.check(recipe)
     headers = checkpoint.headers()
     entries = [entry for file in headers.values() for entry in file.values()]
     _check_names(recipe, entries, checkpoint)
@@ -209,7 +209,7 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     ]
     if not any(tensor.spec for tensor in tensors):
         raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
-    _check_model(tensors, spec, writer, checkpoint.config)
+    _check_roles(tensors, recipe, checkpoint.config)
     tensors = _assign_files(tensors, recipe)
     shards = (
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
@@ -219,11 +219,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     return Plan(recipe, spec, tuple(shards), tuple(carried), tuple(left_out))
 
 
-def _check_model(tensors: list[TensorPlan], spec: QuantSpec, writer: CheckpointWriter, config: dict[str, Any]) -> None:
+def _check_roles(tensors: list[TensorPlan], recipe: Recipe, config: dict[str, Any]) -> None:
     roles: dict[bool, set[Role]] = {True: set(), False: set()}
     for tensor in tensors:
         roles[tensor.spec is not None].add(role(tensor.name, tensor.shape, config))
-    writer.check_model(spec, roles[True], roles[False], config)
+    check_model(recipe, roles[True], roles[False], config)
 
 
 def stored_tensors(tensor: TensorPlan, recipe: Recipe) -> Layout:

@@ -13,7 +13,7 @@ EnergyMode = Literal["auto", "synthetic", "analytic", "none"]
 
 ENERGY_MODES: tuple[str, ...] = get_args(EnergyMode)
 # iters and starts of a QuantSpec; "balanced" is also its default.
-PRESETS: dict[Preset, tuple[int, int]] = {"fast": (2, 4), "balanced": (5, 8), "best": (10, 32)}
+PRESETS: dict[Preset, tuple[int, int]] = {"fast": (2, 3), "balanced": (4, 7), "best": (10, 32)}
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000  # what transformers' save_pretrained writes
 MIN_MAX_SHARD_NBYTES = 1_000
 MAX_MAX_SHARD_NBYTES = 1 << 50

@@ -12,7 +12,7 @@ from hqq_core.errors import SpecError
 ZeroMode = Literal["float", "offset", "int", "none"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
-NBITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
+NBITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
 TERNARY = 1.58
 ZERO_MODES: tuple[str, ...] = get_args(ZeroMode)
 REAL_ZEROS = ("float", "offset")
@@ -28,7 +28,7 @@ class QuantSpec:
     Parameters
     ----------
     nbits : int or 1.58
-        Bits per code: 1, 2, 3, 4, 5, 6 or 8; 1.58 has three codes, stored as two bits.
+        Bits per code: 1 to 8; 1.58 has three codes, stored as two bits.
     group_size : int or None
         Weights that share one (scale, zero); None takes the whole channel.
     axis : int

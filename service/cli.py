@@ -190,6 +190,19 @@ def quantize(
         typer.echo(f"written to         {output}")
 
 
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """List the formats: what each holds, and what loads it."""
+    from hqq_core.formats import FORMATS, described
+
+    if as_json:
+        _print_json(described())
+        return
+    held = {name: writer.capabilities.words() for name, writer in FORMATS.items()}
+    head = ("format", *next(iter(held.values())))
+    _print_table([tuple(map(str.upper, head)), *((name, *words.values()) for name, words in held.items())])
+
+
 def _stopping_on_signals(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
     """`report`, which also ends the command after Ctrl-C or SIGTERM: raised elsewhere, they could leave a lock held for ever."""
     received: list[int] = []
@@ -247,10 +260,7 @@ def list_jobs(
     if as_json:
         _print_json(found)
         return
-    rows = [("ID", "STATUS", "DONE", "FORMAT", "BITS", "CREATED", "SOURCE"), *map(_row, found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _print_table([("ID", "STATUS", "DONE", "FORMAT", "BITS", "CREATED", "SOURCE"), *map(_row, found)])
 
 
 @jobs.command()
@@ -320,6 +330,12 @@ def _sentence(event: "Event") -> str:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print_job(job: dict[str, Any], as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from hqq_core.errors import SpecError
-from hqq_core.formats import check_recipe
+from hqq_core.formats import check_recipe, settled
 from hqq_core.recipe import Recipe
 from service.common import outbox, repository
 from service.common.errors import (
@@ -190,7 +190,7 @@ def _check_recipe(body: RecipeBody) -> Recipe:
         check_recipe(recipe)
     except SpecError as error:
         raise RecipeRefused(error.code, str(error), error.field) from error
-    return recipe
+    return settled(recipe)
 
 
 def _fingerprint(body: JobCreate) -> str:

@@ -9,7 +9,7 @@ import typer
 
 
 def recipe(
-    nbits: Annotated[float | None, typer.Option(help="Bits per weight: 1, 1.58, 2, 3, 4, 5, 6 or 8.")] = None,
+    nbits: Annotated[float | None, typer.Option(help="Bits per weight: 1 to 8, or 1.58.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help='Weights that share one scale, or "none" for a whole channel.')
     ] = None,

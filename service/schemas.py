@@ -196,6 +196,45 @@ class EventList(ResponseBody):
     has_more: bool
 
 
+class RuntimeBody(ResponseBody):
+    """Software that loads a format."""
+
+    name: str
+    version: str
+    note: str
+    """What it needs beside, or which settings alone it takes."""
+
+
+class FormatBody(ResponseBody):
+    """What one format holds."""
+
+    object: Literal["format"] = "format"
+    name: str
+    default: bool
+    """Taken where a recipe names none."""
+    nbits: list[float]
+    zeros: dict[str, list[Literal["float", "offset", "int", "none"]]]
+    """By nbits; the first is taken where a recipe leaves it open."""
+    group_sizes: list[int]
+    group_multiple: int | None
+    """Multiples of it are held too."""
+    whole_channel: bool
+    """`group_size` null is held too."""
+    axes: list[int]
+    exactness: str
+    runtimes: list[RuntimeBody]
+    lossless: bool
+    """Weights that are on its grid already are kept as they are, all others refused."""
+    experimental: bool
+    """Never run by its readers here."""
+
+
+class FormatList(ResponseBody):
+    object: Literal["list"] = "list"
+    data: list[FormatBody]
+    has_more: bool = False
+
+
 class ArtifactList(ResponseBody):
     object: Literal["list"] = "list"
     data: list[Artifact]

@@ -61,11 +61,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
+TRAINED_TERNARY: dict[str, dict[str, Any]] = {"bitnet": {}}
+
+
 def build(family: str, seed: int = 0, **changes: Any) -> Any:
     """A seeded random model of a family, in float32: with head, but for encoders and speech."""
     import transformers
 
-    own = FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | (FAMILIES | MIXTURES)[family]
+    own = (
+        FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | (FAMILIES | MIXTURES | TRAINED_TERNARY)[family]
+    )
     if family == "gpt2":
         own = own | {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(family, **own | changes)

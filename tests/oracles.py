@@ -97,6 +97,25 @@ def gptq_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
+def humming_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Dequantized weights of a folder in format `humming`, as `awq_weights`."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["has_zero_point"], config["is_fp_zero_point"]) == ("humming", True, True)
+    nbits, group_size = int(config["b_dtype"].removeprefix("uint")), config["weight_scale_group_size"]
+    weights = {}
+    for module, stored in _modules(folder, ".zero_point"):
+        assert stored.keys() - {"bias"} == {"weight", "weight_scale", "zero_point"}
+        assert stored["weight"].dtype == torch.int32
+        assert stored["weight_scale"].dtype == stored["zero_point"].dtype
+        rows = np.unpackbits(stored["weight"].numpy().view(np.uint8), axis=1, bitorder="little")
+        q = rows.reshape(len(rows), -1, nbits) @ (1 << np.arange(nbits))
+        scale, zero = (
+            stored[name].to(dtype).repeat_interleave(group_size, 1) for name in ("weight_scale", "zero_point")
+        )
+        weights[module] = (torch.from_numpy(q).to(dtype) - zero) * scale
+    return weights
+
+
 def _modules(folder: Path, suffix: str):
     """The tensors of each quantized module, by their last names."""
     tensors = stored_tensors(folder)

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import torch
 
-from hqq_core import Checkpoint, QuantizedTensor, Recipe, build_plan, quantize
+from hqq_core import Checkpoint, QuantizedTensor, Recipe, build_plan
 from hqq_core.energy import Energies, profile
+from hqq_core.formats import writer_of
 from hqq_core.weighting import Weighting
 
 
 def solved(folder: Path, recipe: Recipe, energies: Energies | None = None) -> Iterator[tuple[str, QuantizedTensor]]:
     """Modules and their solved weights."""
     checkpoint = Checkpoint.open(folder)
-    if energies is None or not recipe.weighted:
-        energies = profile(checkpoint, recipe.energy if recipe.weighted else "none")
-    for shard in build_plan(checkpoint, recipe).with_energies(energies).shards:
+    plan = build_plan(checkpoint, recipe)
+    if energies is None or not plan.recipe.weighted:
+        energies = profile(checkpoint, plan.recipe.energy if plan.recipe.weighted else "none")
+    for shard in plan.with_energies(energies).shards:
         weighting = Weighting.of(shard, energies)
         with checkpoint.shard(shard.file) as reader:
             for tensor in shard.tensors:
@@ -25,7 +27,9 @@ def solved(folder: Path, recipe: Recipe, energies: Energies | None = None) -> It
                     C = weighting.correlation(tensor.name)
                     yield (
                         tensor.module,
-                        quantize(W, tensor.spec, energy=energy, columns=columns, rows=rows, correlation=C),
+                        writer_of(recipe).solve(
+                            W, tensor.spec, energy=energy, columns=columns, rows=rows, correlation=C
+                        ),
                     )
 
 

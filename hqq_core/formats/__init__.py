@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from hqq_core.architectures import Role
 from hqq_core.errors import FormatError
 from hqq_core.formats.awq import AwqWriter
-from hqq_core.formats.base import CheckpointWriter
+from hqq_core.formats.base import CheckpointWriter, refuse
+from hqq_core.formats.bitnet import BitnetWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
 from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
+from hqq_core.formats.humming import HummingWriter
 from hqq_core.formats.metal import MetalWriter
 from hqq_core.formats.mlx import MlxWriter
 from hqq_core.recipe import Recipe
@@ -22,13 +29,18 @@ FORMATS: dict[str, CheckpointWriter] = {
         AwqWriter(),
         GptqWriter(),
         MetalWriter(),
+        BitnetWriter(),
+        HummingWriter(),
     )
 }
 
 
-def check_recipe(recipe: Recipe) -> QuantSpec:
-    """The recipe's settings as its format holds them; a FormatError names the setting that it cannot hold."""
-    return writer_of(recipe).check(recipe)
+def described() -> list[dict[str, Any]]:
+    """Every format and what it holds, as plain JSON types."""
+    default = Recipe().format
+    return [
+        {"name": name, "default": name == default, **writer.capabilities.to_dict()} for name, writer in FORMATS.items()
+    ]
 
 
 def writer_of(recipe: Recipe) -> CheckpointWriter:
@@ -36,3 +48,50 @@ def writer_of(recipe: Recipe) -> CheckpointWriter:
     if recipe.format not in FORMATS:
         raise FormatError("format", f"format {recipe.format!r}: wanted one of {', '.join(FORMATS)}")
     return FORMATS[recipe.format]
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe as its format goes by it: with no input energy and no folds where weights are kept as they are."""
+    if writer_of(recipe).capabilities.lossless:
+        return dataclasses.replace(recipe, energy="none", fold=False)
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> QuantSpec:
+    """The recipe's settings as its format holds them; a FormatError names what it cannot hold, and formats that could."""
+    writer = writer_of(recipe)
+    spec = writer.capabilities.spec(recipe)
+    for field, wanted in writer.capabilities.obstacles(spec):
+        raise refuse(writer, field, getattr(spec, field), f"{wanted}; {_holders(recipe)}")
+    return spec
+
+
+def check_model(recipe: Recipe, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
+    """FormatError where no reader of the recipe's format takes such a model; it names formats whose readers do."""
+
+    def takes(writer: CheckpointWriter, recipe: Recipe) -> bool:
+        try:
+            writer.check_model(writer.capabilities.spec(recipe), quantized, copied, config)
+        except FormatError:
+            return False
+        return True
+
+    writer = writer_of(recipe)
+    try:
+        writer.check_model(writer.capabilities.spec(recipe), quantized, copied, config)
+    except FormatError as error:
+        raise FormatError(error.field, f"{error}; {_holders(recipe, takes)}") from None
+
+
+def _holders(recipe: Recipe, takes: Callable[[CheckpointWriter, Recipe], bool] = lambda *_: True) -> str:
+    """Which other formats hold these settings, in words; those never run here, or for few models, are nobody's way out."""
+    names = []
+    for name, writer in FORMATS.items():
+        other = dataclasses.replace(recipe, format=name)
+        held = not any(writer.capabilities.obstacles(writer.capabilities.spec(other)))
+        usual = not writer.capabilities.experimental and not writer.capabilities.lossless
+        if name != recipe.format and usual and held and takes(writer, other):
+            names.append(repr(name))
+    if not names:
+        return "no other format holds all that is asked"
+    return f"format{'s' * (len(names) > 1)} {', '.join(names)} {'hold' if len(names) > 1 else 'holds'} it"

@@ -5,58 +5,48 @@ Layout: AutoAWQ's WQLinear_GEMM. Inputs along the rows; eight outputs share a wo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import pack_dense
-from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
 from hqq_core.solver import resolve_group_size
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
-GROUP_SIZES = (64, 128)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in a word's 0th, 1st, ... four bits
 # transformers gives these an activation with scales, which only activation-aware quantization has.
 SCALED_FAMILIES = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "RefinedWebModel", "starcoder2")
 
 
-class AwqWriter:
+class AwqWriter(CheckpointWriter):
     """Writes each weight as qweight, qzeros and scales."""
 
     name = "awq"
-
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """4 bit with zero points, along the inputs."""
-        spec = recipe.spec("int")
-        if spec.nbits != 4:
-            raise refuse(self, "nbits", spec.nbits, "4; format 'compressed-tensors' holds more")
-        if spec.group_size not in GROUP_SIZES:
-            raise refuse(
-                self, "group_size", spec.group_size, f"one of {GROUP_SIZES}; format 'compressed-tensors' holds 32"
-            )
-        if spec.axis != 1:
-            raise refuse(self, "axis", spec.axis, "1; format 'hqq' holds both")
-        if spec.zero != "int":
-            raise refuse(self, "zero", spec.zero, "'int'; format 'hqq' holds a float zero, 'gptq' none")
-        return spec
+    capabilities = Capabilities(
+        zeros={4: ("int",)},
+        group_sizes=(64, 128),
+        exactness="as solved: integer zero points",
+        runtimes=(
+            Runtime("vLLM", "0.33", "read in its source"),
+            Runtime("SGLang", "0.5.23", "read in its source"),
+            Runtime("mlx-lm", "0.32"),
+            Runtime("transformers", "5.23", "with gptqmodel 7.7"),
+        ),
+    )
+    scale_dtypes = HALF_DTYPES  # the model's own type is what readers round them to, half precision all they compute in
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """Experts have other layouts, and some families want scales of activations beside the weights."""
         if Role.EXPERT in quantized | copied:
-            raise refuse(self, "format", "mixture of experts", "none; formats 'hqq' and 'compressed-tensors' hold some")
+            raise refuse(self, "format", "mixture of experts", "none")
         if config.get("model_type") in SCALED_FAMILIES:
-            wanted = "no family that scales activations; format 'compressed-tensors' holds it"
-            raise refuse(self, "format", config["model_type"], wanted)
-
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scales in the model's own type, which readers round them to; half precision, which is all they compute in."""
-        return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
+            raise refuse(self, "format", config["model_type"], "no family that scales activations")
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Linear layers whose outputs fill words; readers never look for another output head."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
-from collections.abc import Iterable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from hqq_core.architectures import Role
 from hqq_core.errors import FormatError
-from hqq_core.recipe import Recipe
+from hqq_core.formats.capabilities import Capabilities
+from hqq_core.solver import quantize
 from hqq_core.spec import QuantSpec, ScaleDtype
 from hqq_core.tensors import QuantizedTensor
 
@@ -20,32 +23,51 @@ SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F3
 HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
 
 
-class CheckpointWriter(Protocol):
+class CheckpointWriter(ABC):
     """One output format. It refuses early, and the same input gives the same bytes.
 
     A writer lays out one weight at a time; `convert` streams the weights through it, so no writer holds a model.
+
+    Parameters
+    ----------
+    name : str
+        What a recipe calls it.
+    capabilities : Capabilities
+        The settings that it holds.
+    scale_dtypes : mapping of str to str
+        By the source's safetensors type, what scale and zero are stored as: the model's own type unless said.
     """
 
-    name: str
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    scale_dtypes: ClassVar[Mapping[str, ScaleDtype]] = SCALE_DTYPES
 
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """Settings for this recipe; FormatError names what the format or its readers cannot hold, and which could."""
-
-    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
+    def check_model(  # noqa: B027
+        self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]
+    ) -> None:
         """FormatError where no reader of this format takes a model with such tensors and such a config.json."""
 
     def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
         """`spec` with scale and zero as stored beside a source of safetensors type `dtype`."""
+        return dataclasses.replace(spec, scale_dtype=self.scale_dtypes[dtype])
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
-        """Why this tensor cannot be stored quantized, or None."""
+        """Why this tensor cannot be stored quantized, or None; unless a format knows better, linear layers can."""
+        return refuse_unless_linear(role)
 
+    def solve(self, W: torch.Tensor, spec: QuantSpec, **settings: Any) -> QuantizedTensor:
+        """What is stored for one weight; `settings` are those of `solver.quantize`."""
+        return quantize(W, spec, **settings)
+
+    @abstractmethod
     def layout(self, module: str, shape: tuple[int, ...], dtype: str, spec: QuantSpec) -> Layout:
         """What `encode` will return, known before any work."""
 
+    @abstractmethod
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Tensors to store for the weight of `module`."""
 
+    @abstractmethod
     def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """What config.json gets, by key; `copied` are the linear modules left as they were."""
 

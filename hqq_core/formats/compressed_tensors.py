@@ -1,13 +1,12 @@
 """Format `compressed-tensors`, pack-quantized: what vLLM, SGLang and transformers load today; integer zero points, or none.
 
-Layout: compressed-tensors 0.20, compressors/pack_quantized. Codes and zero points are dense bit streams, also at 3, 5 and 6 bits,
-where compressed-tensors before 0.18 left bits of each word unused. The zero point is solved as an integer (spec.zero "int") or
-fixed (spec.zero "none"), never rounded afterwards.
+Layout: compressed-tensors 0.20, compressors/pack_quantized. Codes and zero points are dense bit streams at any width;
+compressed-tensors before 0.18 left bits of each word unused at 3, 5, 6 and 7. The zero point is solved as an integer
+(spec.zero "int") or fixed (spec.zero "none"), never rounded afterwards.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,57 +14,45 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import SCALE_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import CheckpointWriter, Layout, refuse
+from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import pack_dense
-from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
 from hqq_core.solver import resolve_group_size
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
-NBITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 # Each loaded by transformers in our tests.
 EXPERT_FAMILIES = (
     "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 
 
-class CompressedTensorsWriter:
+class CompressedTensorsWriter(CheckpointWriter):
     """Writes each weight as weight_packed, weight_scale, weight_shape and, unless symmetric, weight_zero_point."""
 
     name = "compressed-tensors"
-
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """By group along the inputs; at 8 bit symmetric by default, for which more runtimes have a kernel."""
-        spec = recipe.spec("none" if recipe.nbits == 8 else "int")
-        if spec.nbits not in NBITS:
-            raise refuse(self, "nbits", spec.nbits, f"one of {NBITS}; format 'hqq' holds all")
-        if spec.group_size not in GROUP_SIZES:
-            raise refuse(self, "group_size", spec.group_size, f"one of {GROUP_SIZES}; format 'hqq' holds more")
-        if spec.axis != 1:
-            raise refuse(self, "axis", spec.axis, "1; format 'hqq' holds both")
-        if spec.zero not in ("int", "none"):
-            raise refuse(self, "zero", spec.zero, "'int' or 'none'; format 'hqq' holds a float zero, 'mlx' an offset")
-        return spec
+    capabilities = Capabilities(
+        # At 8 bit symmetric unless asked: more runtimes have a kernel for it.
+        zeros={**dict.fromkeys((2, 3, 4, 5, 6, 7), ("int", "none")), 8: ("none", "int")},
+        group_sizes=(32, 64, 128),
+        exactness="as solved: integer zero points, or symmetric",
+        runtimes=(
+            Runtime("transformers", "5.23", "with compressed-tensors 0.20"),
+            Runtime("vLLM", "0.33", "4 bit, symmetric 8 bit; read in its source"),
+            Runtime("SGLang", "0.5.23", "4 bit, symmetric 8 bit; read in its source"),
+        ),
+    )
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """Experts as transformers 5.23 finds them: it fuses them without zero points, and where none was left unquantized."""
         if Role.EXPERT in quantized and spec.zero != "none":
-            raise refuse(self, "zero", spec.zero, "experts with 'none' (symmetric) alone; format 'hqq' holds all")
+            raise refuse(self, "zero", spec.zero, "experts with 'none' (symmetric) alone")
         if Role.EXPERT in copied:
-            raise refuse(self, "format", "experts left unquantized", "all experts or no model; format 'hqq' holds some")
+            raise refuse(self, "format", "experts left unquantized", "all experts or no model")
         if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
-            wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
+            wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone"
             raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
-
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scales in the model's own type, which the kernels insist on."""
-        return dataclasses.replace(spec, scale_dtype=SCALE_DTYPES[dtype])
-
-    def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
-        """Linear layers only."""
-        return refuse_unless_linear(role)
 
     def layout(self, module: str, shape: tuple[int, ...], dtype: str, spec: QuantSpec) -> Layout:
         """Names, types and shapes of PackedQuantizationCompressor's parameters."""

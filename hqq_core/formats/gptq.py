@@ -6,56 +6,47 @@ none but the fixed middle (spec.zero "none").
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import pack_dense
-from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
 from hqq_core.solver import resolve_group_size
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
-NBITS = (4, 8)
-GROUP_SIZES = (32, 64, 128)
 # optimum looks for linear layers in the blocks alone: whether a family has others, only a run tells (tests/interop/gptqmodel.py).
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
-class GptqWriter:
+class GptqWriter(CheckpointWriter):
     """Writes each weight as qweight, qzeros, scales and g_idx."""
 
     name = "gptq"
-
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """4 or 8 bit, symmetric, along the inputs: what servers have kernels for."""
-        spec = recipe.spec("none")
-        if spec.nbits not in NBITS:
-            raise refuse(self, "nbits", spec.nbits, f"one of {NBITS}; format 'compressed-tensors' holds more")
-        if spec.group_size not in GROUP_SIZES:
-            raise refuse(self, "group_size", spec.group_size, f"one of {GROUP_SIZES}; format 'hqq' holds more")
-        if spec.axis != 1:
-            raise refuse(self, "axis", spec.axis, "1; format 'hqq' holds both")
-        if spec.zero != "none":
-            raise refuse(self, "zero", spec.zero, "'none'; format 'awq' holds integer zero points, 'hqq' a float zero")
-        return spec
+    capabilities = Capabilities(
+        zeros={4: ("none",), 8: ("none",)},
+        group_sizes=(32, 64, 128),
+        exactness="as solved: symmetric",
+        runtimes=(
+            Runtime("vLLM", "0.33", "read in its source"),
+            Runtime("SGLang", "0.5.23", "read in its source"),
+            Runtime("transformers", "5.23", "with optimum and gptqmodel 7.7"),
+        ),
+    )
+    scale_dtypes = HALF_DTYPES  # the model's own type is what readers round them to, half precision all they compute in
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """A config cannot name one linear layer as left alone that all readers would leave alone."""
         if config.get("model_type") not in FAMILIES:
-            wanted = f"models of {', '.join(FAMILIES)}; format 'compressed-tensors' holds more"
+            wanted = f"models of {', '.join(FAMILIES)}"
             raise refuse(self, "format", str(config.get("model_type")), wanted)
         if Role.LINEAR in copied:
-            raise refuse(self, "format", "unquantized linear layers", "none; format 'compressed-tensors' holds some")
-
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scales in the model's own type, which readers round them to; half precision, which is all they compute in."""
-        return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
+            raise refuse(self, "format", "unquantized linear layers", "none")
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Linear layers whose outputs fill words of zero points."""

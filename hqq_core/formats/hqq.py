@@ -6,7 +6,6 @@ loads such a folder without an error and with random weights: it is for hqq and 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse_unless_linear
+from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import STRIDED_PER_WORD, pack_strided
-from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import DTYPES, NAMES
 from hqq_core.solver import resolve_group_size
 from hqq_core.spec import QuantSpec
@@ -25,26 +24,21 @@ from hqq_core.tensors import QuantizedTensor
 _PACKING = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 
 
-class HqqWriter:
+class HqqWriter(CheckpointWriter):
     """Writes each weight as HQQLinear's safetensors state dict."""
 
     name = "hqq"
-
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """Any bits and axis; hqq wants a group size in multiples of 8 and stores zeros."""
-        spec = recipe.spec("float")
-        if spec.group_size is not None and spec.group_size % 8:
-            raise refuse(self, "group_size", spec.group_size, "multiples of 8, or null")
-        if spec.zero == "offset":
-            raise refuse(self, "zero", spec.zero, "'float', 'int' or 'none'; format 'mlx' holds offsets")
-        return spec
-
-    def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
-        """Any."""
-
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scale and zero as the reader will cast them; half precision holds both for a float32 model, at half the bytes."""
-        return dataclasses.replace(spec, scale_dtype=HALF_DTYPES[dtype])
+    capabilities = Capabilities(
+        zeros=dict.fromkeys((1, 1.58, 2, 3, 4, 5, 6, 8), ("float", "int", "none")),
+        group_multiple=8,
+        whole_channel=True,
+        axes=(0, 1),
+        exactness="as solved: real zeros in half precision",
+        runtimes=(Runtime("hqq", "0.2.8"), Runtime("transformers", "4.57", "with hqq; not 5")),
+    )
+    scale_dtypes = (
+        HALF_DTYPES  # as the reader will cast them; half precision holds both for a float32 model, at half the bytes
+    )
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Codes are packed across groups, so the rows of the grouped matrix must fill whole bytes."""

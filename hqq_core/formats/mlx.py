@@ -6,54 +6,40 @@ that the solver rounds before it chooses codes (spec.zero "offset").
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import SCALE_DTYPES, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import CheckpointWriter, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import pack_dense
-from hqq_core.recipe import Recipe
 from hqq_core.safetensors_file import NAMES
 from hqq_core.solver import resolve_group_size
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
 
-NBITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 PARTS = ("weight", "scales", "biases")
 EXPERT_FAMILIES = ("mixtral", "olmoe", "qwen2_moe")  # each loaded by mlx-lm in our tests
 
 
-class MlxWriter:
+class MlxWriter(CheckpointWriter):
     """Writes each weight as weight, scales and biases."""
 
     name = "mlx"
-
-    def check(self, recipe: Recipe) -> QuantSpec:
-        """What mlx has kernels for on every device."""
-        spec = recipe.spec("offset")
-        if spec.nbits not in NBITS:
-            raise refuse(self, "nbits", spec.nbits, f"one of {NBITS}; format 'hqq' holds more")
-        if spec.group_size not in GROUP_SIZES:
-            raise refuse(self, "group_size", spec.group_size, f"one of {GROUP_SIZES}; format 'hqq' holds more")
-        if spec.axis != 1:
-            raise refuse(self, "axis", spec.axis, "1; format 'hqq' holds both")
-        if spec.zero != "offset":
-            raise refuse(self, "zero", spec.zero, "'offset'; format 'hqq' holds the others")
-        return spec
+    capabilities = Capabilities(
+        zeros=dict.fromkeys((1, 2, 3, 4, 5, 6, 8), ("offset",)),
+        group_sizes=(32, 64, 128),
+        exactness="as solved: offsets in the model's type",
+        runtimes=(Runtime("mlx-lm", "0.32", "run on Linux"),),
+    )
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """mlx-lm 0.32 stacks the experts of every family, but of some without their scales."""
         if Role.EXPERT in quantized and config.get("model_type") not in EXPERT_FAMILIES:
-            wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone; format 'hqq' holds all"
+            wanted = f"experts of {', '.join(EXPERT_FAMILIES)} alone"
             raise refuse(self, "format", f"experts of {config.get('model_type')}", wanted)
-
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """Scales and biases in the model's own type: a wider one would widen all that is computed with them."""
-        return dataclasses.replace(spec, scale_dtype=SCALE_DTYPES[dtype])
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
         """Linear layers, and embeddings where they are asked for."""

@@ -111,6 +111,17 @@ def _copy(A, B):
 
 
 @_jit
+def _widen(L, T):
+    """Words as float32."""
+    if L.itemsize == 2:
+        for i in range(T.size):
+            T[i] = u32(u32(L[i]) << u32(16)).view(f32)
+    else:
+        for i in range(T.size):
+            T[i] = u32(L[i]).view(f32)
+
+
+@_jit
 def _extremes(T, F):
     """Smallest weights into SUM_Q, largest into SUM_QQ."""
     for lane in range(LANES):
@@ -159,7 +170,6 @@ def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
     S and L are scratch: words, as large as T. Returns whether all weights are finite.
     """
     n = H.size
-    shift = u32(32 - 8 * W.itemsize)
     smallest = math.frexp(low)[1]
     for lane in range(LANES):
         if row + lane < W.shape[0]:
@@ -167,22 +177,19 @@ def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
         else:
             S[lane * n : (lane + 1) * n] = 0
     _to_lanes(S, L)
-    worst = u32(0)
-    for i in range(T.size):
-        word = u32(u32(L[i]) << shift)
-        worst = max(worst, u32(word & MAGNITUDE))  # as integers NaN is the largest
-        T[i] = word.view(f32)
+    _widen(L, T)
     for j in range(n):
         factor = C[j]
         if factor != f32(1.0):
             for lane in range(LANES):
                 T[j * LANES + lane] *= factor
     _extremes(T, F)
+    worst = u32(0)
     for lane in range(LANES):
         factor = R[row + lane] if row + lane < W.shape[0] else f32(1.0)
         largest = max(-F[SUM_Q + lane], F[SUM_QQ + lane]) * factor
         word = u32(f32(largest).view(u32) & MAGNITUDE)
-        worst = max(worst, word)  # a factor may have carried it too far
+        worst = max(worst, word)  # a factor may have carried it too far; as integers NaN is the largest
         exponent = max(i64(word >> u32(23)) - 126, smallest)  # so that its inverse and the squares are finite
         D[UNIT + lane] = _power_of_two(exponent)
         D[PER_UNIT + lane] = _power_of_two(-exponent)
@@ -191,6 +198,8 @@ def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
         F[SUM_Q + lane] *= F[INVERSE + lane]
         F[SUM_QQ + lane] *= F[INVERSE + lane]
     _normalize(T, H, F)
+    for lane in range(LANES):  # a weight that is not finite leaves its mark there, whatever its energy
+        worst = max(worst, u32(f32(F[SUM_T + lane]).view(u32) & MAGNITUDE))
     return worst < INFINITE
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from hqq_core.spec import QuantSpec
 
-SMALLEST = 0.6  # of the min-max step; below it only 2 bit groups gain
+# How many of a grid's steps the smallest start leaves out, and the smallest step there is, of the min-max one. Measured: with
+# real energies, which make it pay to clip columns that hardly matter, and most where a grid cannot follow its group.
+CLIPPED = {"float": 2.0, "offset": 2.0, "int": 4.0, "none": 6.0}
+SMALLEST = 0.2
 SHIFTS = (0.0, 1.0, -1.0)  # of the zero, in turn
 # Of such a shift, in codes. A real zero's grid repeats after one code, so that half a code is farthest off.
 STEP = {"float": 0.5, "offset": 0.5, "int": 1.0, "none": 0.0}
@@ -13,7 +16,8 @@ STEP = {"float": 0.5, "offset": 0.5, "int": 1.0, "none": 0.0}
 def starts(spec: QuantSpec) -> list[tuple[float, float]]:
     """Factors of the min-max step, and what to add to the zero; the first is round to nearest itself."""
     last = max(spec.starts - 1, 1)
-    return [(1 - (1 - SMALLEST) * i / last, STEP[spec.zero] * SHIFTS[i % 3]) for i in range(spec.starts)]
+    clipped = min(CLIPPED[spec.zero] / spec.max_code, 1 - SMALLEST)
+    return [(1 - clipped * i / last, STEP[spec.zero] * SHIFTS[i % 3]) for i in range(spec.starts)]
 
 
 def trial_iters(spec: QuantSpec) -> int:

@@ -104,6 +104,11 @@ class Client:
             pass
         return self.get(job_id)
 
+    def formats(self) -> Sequence[dict[str, Any]]:
+        """What each format holds, and what loads it."""
+        formats: list[dict[str, Any]] = self._json("GET", "/v1/formats")["data"]
+        return formats
+
     def artifacts(self, job_id: str) -> Sequence[dict[str, Any]]:
         """The files of a job that has succeeded: name, nbytes, sha256."""
         files: list[dict[str, Any]] = self._json("GET", _path(job_id, "artifacts"))["data"]

@@ -56,7 +56,7 @@ def measure() -> None:
         energy = torch.rand(1, shape[1] // GROUP_SIZE, GROUP_SIZE, device=device, generator=generator) / 2 + 0.1
         matrix = W.view(-1, GROUP_SIZE)
         hqq_s = seconds(functools.partial(hqq_quantize, W), repeats=3)
-        for spec in (SPEC, dataclasses.replace(SPEC, iters=5, starts=8)):
+        for spec in (SPEC, dataclasses.replace(SPEC, iters=4, starts=7)):
             for weights in (None, energy):
                 took = seconds(functools.partial(_triton.solve, matrix, spec, weights, packed=True))
                 floor = floor_s(W.numel(), spec, copy, multiply_add, weighted=weights is not None)

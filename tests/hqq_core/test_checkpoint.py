@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hqq_core import Checkpoint
+from hqq_core import Checkpoint, Recipe, quantize_checkpoint
 from hqq_core.errors import CheckpointError
 from tests.checkpoints import llama_tensors, save_llama
 
@@ -115,6 +115,37 @@ def test_every_file_passes_through_the_opener(tmp_path):
     assert sorted(opened) == [
         "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+        "vocab.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
+        "source.spm", "qwen.tiktoken",
+        "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
+        "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+        "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "License.pdf", "MODEL_LICENSE", "LICENCE.md", "NOTICE", "Notice",
+        "COPYING", "USE_POLICY.md", "README.md", "legal/LICENSE", "1_Pooling/config.json", "a/b/c/tokenizer.model",
+    ],
+)  # fmt: skip
+def test_tokenizer_templates_settings_and_licence_come_along_unchanged(tmp_path, name):
+    folder = save_llama(tmp_path / "m")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    content = b'{"a": [1, 2],\r\n "b": "\xc3\xa9"}'
+    (folder / name).write_bytes(content)
+    carried, left_out = Checkpoint.open(folder).carried_files()
+    assert (set(carried), left_out) == ({name, "generation_config.json"}, [])
+    quantize_checkpoint(folder, tmp_path / "out", Recipe(energy="none"))
+    assert (tmp_path / "out" / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["license_check.py", "NOTICE.safetensors", "LICENSE/modeling_x.py", "x.bin", "x.gguf"])
+def test_code_and_weights_do_not_whatever_they_are_called(tmp_path, name):
+    folder = save_llama(tmp_path / "m")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    assert Checkpoint.open(folder).carried_files() == (["generation_config.json"], [name])
 
 
 def test_code_and_other_weights_are_left_out_of_what_is_carried(tmp_path):

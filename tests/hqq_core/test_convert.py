@@ -2,50 +2,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hqq_core import Checkpoint, Recipe, build_plan, finish_checkpoint, quantize_checkpoint, quantize_shard
 from hqq_core.checkpoint import MANIFEST
 from hqq_core.convert import verify_shard
-from hqq_core.energy import profile
 from hqq_core.errors import Cancelled, CheckpointError, StorageFullError, TensorError
 from hqq_core.results import Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
-from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
+from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.oracles import stored_tensors
-
-FORMATS = ["hqq", "compressed-tensors", "mlx", "awq", "gptq", "metal"]
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_same_input_same_bytes_for_any_threads_and_any_order_of_shards(tmp_path, name):
-    source = save_llama(tmp_path / "m", layers=3, hidden=512, n_shards=3)  # several tiles a tensor
-    quantize_checkpoint(source, tmp_path / "one", Recipe(format=name), threads=1)
-    quantize_checkpoint(source, tmp_path / "two", Recipe(format=name), threads=2)
-    (tmp_path / "backwards").mkdir()
-    checkpoint = Checkpoint.open(source)
-    energies = profile(checkpoint)
-    plan = build_plan(checkpoint, Recipe(format=name)).with_energies(energies)
-    results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards", energies) for i in (2, 0, 1)]
-    again = results.pop(1).index  # one of them twice
-    results.append(quantize_shard(checkpoint, plan, again, tmp_path / "backwards", energies))
-    finish_checkpoint(checkpoint, plan, results, tmp_path / "backwards")
-    one = folder_bytes(tmp_path / "one")
-    assert one == folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "backwards")
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_sizes_are_known_before_the_work(tmp_path, name):
-    source = save_llama(tmp_path / "m", n_shards=2)
-    plan = build_plan(Checkpoint.open(source), Recipe(format=name))
-    quantize_checkpoint(source, tmp_path / "out", Recipe(format=name))
-    stored = stored_tensors(tmp_path / "out")
-    assert plan.nbytes_out == sum(tensor.nbytes for tensor in stored.values())
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == plan.nbytes_out
-    assert set(index["weight_map"]) == set(stored)
-    for tensor, file in index["weight_map"].items():
-        assert tensor in load_file(tmp_path / "out" / file)
 
 
 def test_copied_tensors_are_the_same_bytes(tmp_path):
@@ -108,17 +73,6 @@ def nan_checkpoint(folder):
     tensors = llama_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     return save_checkpoint(folder, tensors, llama_config(), n_shards=2)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_no_file_is_larger_than_the_limit(tmp_path, name):
-    limit = 60_000
-    source = save_llama(tmp_path / "m", layers=6, n_shards=2)
-    quantize_checkpoint(source, tmp_path / "out", Recipe(format=name, max_shard_nbytes=limit))
-    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    assert len(files) > 4
-    assert max((tmp_path / "out" / file).stat().st_size for file in files) <= limit
 
 
 def test_a_result_in_its_own_source_is_refused(tmp_path):

@@ -10,7 +10,8 @@ from hqq_core.formats import FORMATS, check_recipe
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("nbits", 7), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("nbits", 1.5), ("starts", 0), ("starts", 2.0),
+        ("nbits", 9), ("nbits", 0), ("nbits", 4.0), ("nbits", True), ("nbits", "4"), ("nbits", 1.5),
+        ("starts", 0), ("starts", 2.0),
         ("group_size", 0), ("group_size", 64.0), ("axis", 2), ("axis", True), ("zero", "real"),
         ("scale_dtype", "float64"), ("iters", -1), ("lp_norm", 0), ("lp_norm", 2.5),
         ("beta", 0), ("kappa", 0.5), ("version", 2),
@@ -64,39 +65,10 @@ def test_recipe_survives_json():
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-@pytest.mark.parametrize(
-    ("recipe", "field"),
-    [
-        (Recipe(format="gguf-typo"), "format"),
-        (Recipe(format="compressed-tensors", nbits=1), "nbits"),
-        (Recipe(format="compressed-tensors", group_size=48), "group_size"),
-        (Recipe(format="compressed-tensors", group_size=None), "group_size"),
-        (Recipe(format="compressed-tensors", axis=0), "axis"),
-        (Recipe(format="compressed-tensors", zero="float"), "zero"),
-        (Recipe(format="hqq", group_size=12), "group_size"),
-        (Recipe(format="hqq", zero="offset"), "zero"),
-        (Recipe(format="awq", nbits=8), "nbits"),
-        (Recipe(format="awq", group_size=32), "group_size"),
-        (Recipe(format="awq", axis=0), "axis"),
-        (Recipe(format="awq", zero="none"), "zero"),
-        (Recipe(format="gptq", nbits=3), "nbits"),
-        (Recipe(format="gptq", group_size=None), "group_size"),
-        (Recipe(format="gptq", axis=0), "axis"),
-        (Recipe(format="gptq", zero="int"), "zero"),
-        (Recipe(format="metal", nbits=3), "nbits"),
-        (Recipe(format="metal", group_size=None), "group_size"),
-        (Recipe(format="metal", axis=0), "axis"),
-        (Recipe(format="metal", zero="float"), "zero"),
-        (Recipe(format="mlx", nbits=1), "nbits"),
-        (Recipe(format="mlx", group_size=16), "group_size"),
-        (Recipe(format="mlx", axis=0), "axis"),
-        (Recipe(format="mlx", zero="float"), "zero"),
-    ],
-)
-def test_formats_refuse_early_and_name_the_setting(recipe, field):
-    with pytest.raises(FormatError) as caught:
-        check_recipe(recipe)
-    assert caught.value.field == field
+def test_an_unknown_format_is_refused_with_those_there_are():
+    with pytest.raises(FormatError, match="format 'gguf-typo': wanted one of compressed-tensors, hqq") as caught:
+        check_recipe(Recipe(format="gguf-typo"))
+    assert caught.value.field == "format"
 
 
 def test_each_format_has_its_own_zero():

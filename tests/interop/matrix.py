@@ -8,11 +8,10 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hqq_core import Recipe
+from hqq_core import FORMATS, Recipe
 from hqq_core.formats.gptq import FAMILIES
 
 SMOLLM2 = "smollm2-135m"
-BITS = (4, 2, 3, 5, 6, 8)
 GROUPS = (64, 32, 128)  # of 128 SmolLM2's 576 inputs are no multiple: there its down projections alone are quantized
 TINY = tuple(f"{family}, {dtype}" for family in FAMILIES for dtype in ("float16", "bfloat16"))
 
@@ -26,8 +25,11 @@ class Cells:
     format : str
     runtimes : tuple of str
         Names in `RUNTIMES`.
-    nbits, group_sizes, zeros : tuple
-        All combinations.
+    nbits : tuple or None
+        None: all widths that the format holds, 4 first.
+    group_sizes : tuple
+    every_zero : bool
+        All zeros that the format holds at a width, or the one that it takes unless told.
     models : tuple of str
         A name in `tests.models.MODELS`, or "family, dtype" for a tiny random model of `tests.families`.
     more : dict
@@ -36,32 +38,35 @@ class Cells:
 
     format: str
     runtimes: tuple[str, ...]
-    nbits: tuple[float, ...]
+    nbits: tuple[float, ...] | None = None
     group_sizes: tuple[int | None, ...] = GROUPS
-    zeros: tuple[str | None, ...] = (None,)
+    every_zero: bool = False
     models: tuple[str, ...] = (SMOLLM2,)
     more: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, Recipe]]:
-        for model, nbits, size, zero in itertools.product(self.models, self.nbits, self.group_sizes, self.zeros):
-            settings = {"nbits": nbits, "group_size": size, "zero": zero, "preset": "fast", "energy": "analytic"}
-            yield model, Recipe(format=self.format, **settings, **self.more)
+        held = FORMATS[self.format].capabilities.zeros
+        widths = self.nbits or sorted(held, key=lambda nbits: (nbits != 4, nbits))
+        for model, nbits, size in itertools.product(self.models, widths, self.group_sizes):
+            for zero in held[nbits] if self.every_zero else held[nbits][:1]:
+                settings = {"nbits": nbits, "group_size": size, "zero": zero, "preset": "fast", "energy": "analytic"}
+                yield model, Recipe(format=self.format, **settings, **self.more)
 
 
 MATRIX = (
-    Cells("compressed-tensors", ("transformers",), BITS, GROUPS, ("int", "none")),
-    Cells("compressed-tensors", ("vLLM",), (4,), GROUPS, ("int", "none")),
-    Cells("mlx", ("mlx-lm",), BITS, GROUPS),
+    Cells("compressed-tensors", ("transformers",), every_zero=True),
+    Cells("compressed-tensors", ("vLLM",), (4,), every_zero=True),
+    Cells("mlx", ("mlx-lm",)),
     Cells("mlx", ("mlx-lm",), (4,), (64,), more={"include_modules": ("embed_tokens",)}),
-    Cells("metal", ("transformers (metal)",), (4, 2, 8), GROUPS),
-    Cells("hqq", ("hqq",), (*BITS, 1, 1.58), GROUPS),
-    Cells("hqq", ("hqq",), (2, 3, 4, 8), (64,), more={"axis": 0}),
-    Cells("hqq", ("hqq",), (4,), (64,), ("int", "none")),
-    Cells("hqq", ("transformers 4",), (*BITS, 1, 1.58), (64,)),
-    Cells("awq", ("vLLM", "mlx-lm", "gptqmodel"), (4,), (64, 128)),
-    Cells("gptq", ("gptqmodel",), (4, 8), (64, 32)),  # gptq wants all layers
-    Cells("awq", ("gptqmodel",), (4,), (64, 128), models=TINY),
-    Cells("gptq", ("gptqmodel",), (4, 8), GROUPS, models=TINY),
+    Cells("metal", ("transformers (metal)",)),
+    Cells("hqq", ("hqq",)),
+    Cells("hqq", ("hqq",), (4,), (64,), every_zero=True),
+    Cells("hqq", ("hqq",), group_sizes=(64,), more={"axis": 0}),
+    Cells("hqq", ("transformers 4",), group_sizes=(64,)),
+    Cells("awq", ("vLLM", "mlx-lm", "gptqmodel"), group_sizes=(64, 128)),
+    Cells("gptq", ("gptqmodel",), group_sizes=(64, 32)),  # it wants all layers
+    Cells("awq", ("gptqmodel",), group_sizes=(64, 128), models=TINY),
+    Cells("gptq", ("gptqmodel",), models=TINY),
 )
 
 
@@ -81,7 +86,8 @@ def selected(matrix: Iterable[Cells], words: list[str], done: Container[tuple[st
         named = [name for name in cells.runtimes if not words or {name, cells.format} & set(words)]
         for model, recipe in cells:
             todo = [name for name in named if (name, model, recipe) not in done]
-            found.setdefault((model, recipe), []).extend(todo)
+            names = found.setdefault((model, recipe), [])
+            names.extend(name for name in todo if name not in names)
     return [Cell(model, recipe, tuple(names)) for (model, recipe), names in found.items() if names]
 
 

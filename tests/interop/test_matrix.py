@@ -18,7 +18,8 @@ def test_every_cell_is_a_recipe_that_its_format_holds():
 
 
 def test_every_format_runs_somewhere():
-    assert {cells.format for cells in MATRIX} == set(FORMATS)
+    run = {name for name, writer in FORMATS.items() if not writer.capabilities.experimental} - {"bitnet"}
+    assert {cells.format for cells in MATRIX} == run  # bitnet wants a model that was trained ternary
     assert {name for cells in MATRIX for name in cells.runtimes} <= set(RUNTIMES)
 
 

@@ -14,6 +14,7 @@ import pytest
 from typer.main import get_command
 
 from hqq_core.checkpoint import REPORT
+from hqq_core.formats import FORMATS, described
 from hqq_core.recipe import Recipe
 from service.cli import app, main
 from service.common.session import Database
@@ -55,6 +56,17 @@ def test_command_itself_loads_nothing_heavy() -> None:
     heavy = {"torch", "numba", "sqlalchemy", "celery", "fastapi", "uvicorn", "httpx", "pydantic"}
     code = f"import sys, service.cli; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_formats_lists_what_each_holds(halfquad: Run) -> None:
+    listed = json.loads(halfquad("formats", "--json")[0])
+    assert [entry["name"] for entry in listed] == list(FORMATS)
+    assert listed == json.loads(json.dumps(described()))
+    lines = halfquad("formats")[0].splitlines()
+    assert lines[0].split("  ")[0] == "FORMAT"
+    assert [line.split()[0] for line in lines[1:]] == list(FORMATS)
+    for line, writer in zip(lines[1:], FORMATS.values(), strict=True):
+        assert all(words in line for words in writer.capabilities.words().values())
 
 
 def test_quantize_writes_a_folder_and_its_figures(tmp_path: Path, halfquad: Run) -> None:

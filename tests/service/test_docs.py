@@ -9,7 +9,7 @@ from service.common.errors import LeaseLost, NotMigrated, Refused, ServiceError
 from service.common.events import EventType
 from service.common.settings import Settings
 from service.common.status import JobStatus, Phase
-from service.schemas import EventQuery, JobCreate, JobQuery, Problem, RecipeBody
+from service.schemas import EventQuery, FormatBody, JobCreate, JobQuery, Problem, RecipeBody, RuntimeBody
 
 API = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 
@@ -36,8 +36,16 @@ def test_every_route_is_there(tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [codes(), set(JobStatus), set(Phase), set(EventType), set(RecipeBody.model_fields), set(JobCreate.model_fields)],
-    ids=["codes", "statuses", "phases", "event types", "recipe", "job"],
+    [
+        codes(),
+        set(JobStatus),
+        set(Phase),
+        set(EventType),
+        set(RecipeBody.model_fields),
+        set(JobCreate.model_fields),
+        {*FormatBody.model_fields, *RuntimeBody.model_fields} - {"object"},
+    ],
+    ids=["codes", "statuses", "phases", "event types", "recipe", "job", "formats"],
 )
 def test_every_word_is_there(words):
     assert {word for word in words if f"`{word}`" not in API} == set()

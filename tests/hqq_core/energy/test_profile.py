@@ -144,7 +144,7 @@ def test_plan_report_and_manifest_say_where_energies_come_from_and_why(tmp_path)
     row = rows["model.layers.0.mlp.up_proj.weight"]
     words = ("solver", "preset", "zero", "energy")
     assert [row[key] for key in words] == ["least squares", "fast", "float", "analytic"]
-    assert (row["spec"]["iters"], row["spec"]["starts"]) == (2, 4)
+    assert (row["spec"]["iters"], row["spec"]["starts"]) == (2, 3)
     assert [rows["lm_head.weight"][key] for key in (*words, "spec")] == [None] * 5
 
 
