@@ -22,7 +22,7 @@ from hqq_core import HalfquadError, Recipe, quantize_checkpoint
 from tests.interop.environment import HOME
 from tests.interop.line import Line, between_marks, compared, failed, table
 from tests.interop.matrix import MATRIX, Cell, first_of_each, selected
-from tests.interop.reference import WINDOW, Reference, Source
+from tests.interop.reference import Reference, Source
 from tests.interop.runtime import RUNTIMES, Runtime
 
 JOURNAL = HOME.parent / "lines.jsonl"
@@ -33,8 +33,8 @@ def main() -> int:
     """Print a line for each cell; the exit code says whether all agreed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="formats and runtimes, by name")
-    parser.add_argument("--fast", action="store_true", help="128 tokens, and one cell for each format in a runtime")
-    parser.add_argument("--tokens", type=int, default=1024, help="scored of a real model")
+    parser.add_argument("--fast", action="store_true", help="one cell for each format in a runtime")
+    parser.add_argument("--tokens", type=int, default=1024, help="of text for a real model, a multiple of 128")
     parser.add_argument("--resume", action="store_true", help="keep what agreed in the last run, and run the rest")
     parser.add_argument(
         "--write", action="store_true", help="put all lines, those of a resumed run too, into docs/formats.md"
@@ -46,7 +46,7 @@ def main() -> int:
         cells = first_of_each(cells)
     JOURNAL.parent.mkdir(parents=True, exist_ok=True)
     JOURNAL.write_text("".join(f"{line.json}\n" for line in lines))
-    for line in run(cells, WINDOW if arguments.fast else arguments.tokens):
+    for line in run(cells, arguments.tokens):
         print(line.row, f"  {line.note}", flush=True)
         lines.append(line)
         with JOURNAL.open("a") as file:
@@ -77,7 +77,7 @@ def shown(source: Source, recipe: Recipe, runtimes: list[Runtime], result: Path)
     """One result in each of its runtimes."""
     try:
         quantize_checkpoint(source.folder, result, recipe)
-        reference = Reference(source, result, recipe)
+        reference = Reference(source, recipe)
         for runtime in runtimes:
             yield tried(runtime, source, recipe, reference, result)
     except HalfquadError as error:

@@ -88,8 +88,8 @@ def compared(
     runtime: Runtime, source: Source, recipe: Recipe, reference: Reference, answer: Answered, seconds: float
 ) -> Line:
     """An answer beside the reference in the runtime's own arithmetic."""
-    dequantizes, computes = runtime.dequantizes or source.dtype, runtime.computes or source.dtype
-    wanted, rounded = (reference.logits(dequantizes, dtype) for dtype in ("float32", computes))
+    arithmetic = runtime.arithmetic.of(source.dtype)
+    wanted, rounded = reference.logits(arithmetic.without_rounding), reference.logits(arithmetic)
     got_logprobs = np.array(answer.logprobs) if answer.logits is None else source.logprobs(answer.logits)
     if answer.logits is None:
         got, wanted_too, rounded = got_logprobs, source.logprobs(wanted), source.logprobs(rounded)
@@ -102,7 +102,7 @@ def compared(
     cells = (
         f"{largest:.1e}" + ("" if agreed else " **differs**"), f"{mean:.1e}", f"{rounding:.1e}" if rounding else "–",
         f"{source.perplexity:.2f} → {said[0]:.2f}, {said[1]:.2f}" if source.real else "–",
-        same_until(answer.greedy, reference.greedy(dequantizes, computes)), f"{seconds:.0f}",
+        same_until(answer.greedy, reference.greedy(arithmetic)), f"{seconds:.0f}",
     )  # fmt: skip
     return Line(runtime.name, source.name, recipe, agreed, cells, answer.layers, answer.versions)
 

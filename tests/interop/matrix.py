@@ -63,7 +63,7 @@ MATRIX = (
     Cells("hqq", ("hqq",), (4,), (64,), every_zero=True),
     Cells("hqq", ("hqq",), group_sizes=(64,), more={"axis": 0}),
     Cells("hqq", ("transformers 4",), group_sizes=(64,)),
-    Cells("awq", ("vLLM", "mlx-lm", "gptqmodel"), group_sizes=(64, 128)),
+    Cells("awq", ("vLLM", "mlx-lm (awq)", "gptqmodel"), group_sizes=(64, 128)),
     Cells("gptq", ("gptqmodel",), group_sizes=(64, 32)),  # it wants all layers
     Cells("awq", ("gptqmodel",), group_sizes=(64, 128), models=TINY),
     Cells("gptq", ("gptqmodel",), models=TINY),

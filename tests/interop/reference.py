@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hqq_core import Checkpoint, Recipe
-from hqq_core.energy import profile
+from hqq_core import Checkpoint, Recipe, build_plan
+from hqq_core.energy import Energies, profile
 from hqq_core.evaluate import load_model, tokenize
+from hqq_core.weighting import Weighting
 from tests.families import build
+from tests.interop.runtime import Arithmetic
 from tests.interop.runtimes import causal
 from tests.models import cached, english
-from tests.oracles import stored_tensors
 from tests.solved import solved
 
 PROMPT = "The capital of France is"
@@ -41,44 +44,46 @@ class Source:
 
 
 class Reference:
-    """What a result computes, by arithmetic of the reader."""
+    """What a result computes, in the arithmetic of its reader."""
 
-    def __init__(self, source: Source, result: Path, recipe: Recipe) -> None:
+    def __init__(self, source: Source, recipe: Recipe) -> None:
         self._source = source
-        self._solved = dict(solved(source.folder, recipe, profile(Checkpoint.open(source.folder), recipe.energy)))
-        ours = {f"{module}.weight" for module in self._solved}
-        self._copied = {name: tensor for name, tensor in stored_tensors(result).items() if name not in ours}
-        self._logits: dict[tuple[str, str], np.ndarray] = {}
-        self._greedy: dict[tuple[str, str], list[int]] = {}
+        checkpoint = Checkpoint.open(source.folder)
+        energies = profile(checkpoint, recipe.energy if recipe.weighted else "none")
+        self._solved = dict(solved(source.folder, recipe, energies))
+        self._folded = dict(folded(checkpoint, recipe, energies))
+        self._done: dict[Arithmetic, tuple[np.ndarray, list[int]]] = {}
 
-    @property
-    def n_layers(self) -> int:
-        """How many weights were quantized."""
-        return len(self._solved)
+    def logits(self, arithmetic: Arithmetic) -> np.ndarray:
+        """Float32 [shape=(windows, tokens, vocabulary)]."""
+        return self._computed(arithmetic)[0]
 
-    def logits(self, dequantizes: str, computes: str) -> np.ndarray:
-        """Float32 [shape=(windows, tokens, vocabulary)], with weights dequantized and the model run in these types."""
-        self._compute(dequantizes, computes)
-        return self._logits[dequantizes, computes]
-
-    def greedy(self, dequantizes: str, computes: str) -> list[int]:
+    def greedy(self, arithmetic: Arithmetic) -> list[int]:
         """The continuation of the prompt."""
-        self._compute(dequantizes, computes)
-        return self._greedy[dequantizes, computes]
+        return self._computed(arithmetic)[1]
 
-    def _compute(self, dequantizes: str, computes: str) -> None:
-        if (dequantizes, computes) not in self._logits:
-            model, task = self._model(dequantizes).to(getattr(torch, computes)), self._source.task
-            self._logits[dequantizes, computes] = causal.logits(model, task["windows"])
-            self._greedy[dequantizes, computes] = causal.greedy(model, task["prompt"], task["n_new"])
+    def _computed(self, arithmetic: Arithmetic) -> tuple[np.ndarray, list[int]]:
+        if arithmetic not in self._done:
+            model, task = self._model(arithmetic), self._source.task
+            said = causal.greedy(model, task["prompt"], task["n_new"])
+            self._done[arithmetic] = causal.logits(model, task["windows"]), said
+        return self._done[arithmetic]
 
     @torch.no_grad()
-    def _model(self, dequantizes: str) -> Any:
+    def _model(self, arithmetic: Arithmetic) -> Any:
+        dequantizes, holds, computes = (getattr(torch, name) for name in dataclasses.astuple(arithmetic))
         model = copy.deepcopy(self._source.model)
-        model.load_state_dict(self._copied, strict=False)  # norms, too, are not what they were
+        model.load_state_dict(self._folded, strict=False)
         for module, tensor in self._solved.items():
-            model.get_submodule(module).weight.copy_(tensor.dequantize(getattr(torch, dequantizes)))
-        return model
+            model.get_submodule(module).weight.copy_(tensor.dequantize(dequantizes).to(holds))
+        return model.to(computes)
+
+
+def folded(checkpoint: Checkpoint, recipe: Recipe, energies: Energies) -> Iterator[tuple[str, torch.Tensor]]:
+    """Norms and biases that are not what they were."""
+    for shard in build_plan(checkpoint, recipe).with_energies(energies).shards:
+        values = Weighting.of(shard, energies).values
+        yield from ((tensor.name, values[tensor.name]) for tensor in shard.tensors if tensor.folded and not tensor.spec)
 
 
 def perplexity(logprobs: np.ndarray) -> float:

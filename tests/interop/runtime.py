@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +19,35 @@ TIMES_ROUNDING = 2  # half precision, with other sums than torch's
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """The types in which a reader dequantizes a weight, holds it and computes with it; None is the model's own.
+
+    Parameters
+    ----------
+    dequantizes, holds, computes : str or None
+        Names of torch types.
+    """
+
+    dequantizes: str | None = None
+    holds: str | None = None
+    computes: str | None = None
+
+    def of(self, dtype: str) -> Arithmetic:
+        """For a model of this type."""
+        return Arithmetic(self.dequantizes or dtype, self.holds or dtype, self.computes or dtype)
+
+    @property
+    def without_rounding(self) -> Arithmetic:
+        """With the same weights, computed in float32."""
+        return dataclasses.replace(self, computes="float32")
+
+
+WIDENED = Arithmetic(computes="float32")
+FLOAT32 = Arithmetic("float32", "float32", "float32")
+HALF = Arithmetic()
+
+
+@dataclass(frozen=True)
 class Runtime:
     """One loader.
 
@@ -27,8 +57,7 @@ class Runtime:
     script : str
         In `runtimes/`.
     environment : Environment
-    dequantizes, computes : {"float32"} or None
-        Its arithmetic; None is the model's own type.
+    arithmetic : Arithmetic
     tolerance : float or None
         Largest difference to the reference, relative to its largest value. None is `EXACT` where it computes in float32,
         else `TIMES_ROUNDING` times what the reference loses by computing in the same type.
@@ -37,15 +66,14 @@ class Runtime:
     name: str
     script: str
     environment: Environment
-    dequantizes: str | None = None
-    computes: str | None = None
+    arithmetic: Arithmetic
     tolerance: float | None = None
 
     def tolerated(self, rounding: float) -> float:
         """Largest relative difference that is no fault, where `rounding` is that of the reference in this arithmetic."""
         if self.tolerance is not None:
             return self.tolerance
-        return EXACT if self.computes == "float32" else TIMES_ROUNDING * rounding
+        return EXACT if self.arithmetic.computes == "float32" else TIMES_ROUNDING * rounding
 
     def answer(self, folder: Path, task: dict[str, Any]) -> Answered:
         """What it computes for a folder; a RuntimeError has the last lines of what it said when it failed."""
@@ -82,14 +110,17 @@ def _why(stderr: str) -> str:
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("transformers", "transformers_folder.py", Own(), computes="float32"),
-        Runtime("transformers (metal)", "transformers_folder.py", Own(), "float32", "float32"),
-        Runtime("mlx-lm", "mlx_folder.py", Own(), "float32", "float32"),
-        Runtime("hqq", "hqq_library.py", Own(), "float32", "float32"),
-        Runtime("transformers 4", "transformers_4.py", Venv("transformers4")),
-        Runtime("vLLM", "vllm_folder.py", Venv("vllm")),
-        Runtime("gptqmodel", "gptqmodel_folder.py", Venv("gptqmodel")),
-        Runtime("transformers (GGUF)", "transformers_gguf.py", Own(), "float32", "float32"),
-        Runtime("llama.cpp", "llamacpp.mjs", Node("node"), "float32", "float32", tolerance=0.1),  # 8 bit activations
+        Runtime("transformers", "transformers_folder.py", Own(), WIDENED),
+        Runtime("transformers (metal)", "transformers_folder.py", Own(), Arithmetic("float32", None, "float32")),
+        Runtime("mlx-lm", "mlx_folder.py", Own(), FLOAT32),
+        Runtime(
+            "mlx-lm (awq)", "mlx_folder.py", Own(), Arithmetic("float32", "float32")
+        ),  # rounds -zero * scale to half
+        Runtime("hqq", "hqq_library.py", Own(), FLOAT32),
+        Runtime("transformers 4", "transformers_4.py", Venv("transformers4"), FLOAT32),
+        Runtime("vLLM", "vllm_folder.py", Venv("vllm"), HALF),
+        Runtime("gptqmodel", "gptqmodel_folder.py", Venv("gptqmodel"), HALF),
+        Runtime("transformers (gguf)", "transformers_gguf.py", Own(), FLOAT32),
+        Runtime("llama.cpp", "llamacpp.mjs", Node("node"), FLOAT32, tolerance=0.1),  # rounds activations to 8 bit
     )
 }

@@ -1,13 +1,14 @@
-"""transformers 4.57 with the hqq library, format `hqq`; computes in the type that the file names."""
+"""transformers 4.57 with the hqq library, format `hqq`; its HQQLinear computes in float32 whatever is asked for."""
 
 import causal
+import torch
 from protocol import Answer, Task, counted, serve
 from transformers import AutoModelForCausalLM
 
 
 def compute(task: Task) -> Answer:
     """On HQQLinear, which dequantizes layer by layer."""
-    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype="auto", device_map="cpu").eval()
+    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, device_map="cpu").eval()
     layers = counted(type(module).__name__ for module in model.modules() if hasattr(module, "W_q"))
     return Answer(causal.greedy(model, task.prompt, task.n_new), layers, logits=causal.logits(model, task.windows))
 

@@ -1,7 +1,5 @@
 """transformers 5, as it loads a folder in formats `compressed-tensors` and `metal`; computes in float32."""
 
-import json
-
 import causal
 import torch
 from protocol import Answer, Task, counted, serve
@@ -9,12 +7,8 @@ from transformers import AutoModelForCausalLM
 
 
 def compute(task: Task) -> Answer:
-    """Weights as transformers dequantizes them: `metal` in float32, others in the model's own type, then widened."""
-    method = json.loads((task.folder / "config.json").read_text())["quantization_config"]["quant_method"]
-    dtype = torch.float32 if method == "metal" else "auto"
-    model, told = AutoModelForCausalLM.from_pretrained(
-        task.folder, dtype=dtype, device_map="cpu", output_loading_info=True
-    )
+    """Weights as transformers dequantizes them, held in the model's own type, then widened."""
+    model, told = AutoModelForCausalLM.from_pretrained(task.folder, device_map="cpu", output_loading_info=True)
     assert not any(told.values()), told
     model = model.float().eval()
     layers = counted(type(module).__name__ for module in model.modules() if isinstance(module, torch.nn.Linear))
