@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -93,7 +94,7 @@ def tried(runtime: Runtime, source: Source, recipe: Recipe, reference: Reference
     try:
         answer = runtime.answer(result, source.task)
         return compared(runtime, source, recipe, reference, answer, time.perf_counter() - start)
-    except (RuntimeError, OSError, ValueError, TimeoutError) as error:
+    except (RuntimeError, OSError, ValueError, subprocess.TimeoutExpired) as error:
         return failed(runtime, source, recipe, str(error))
 
 

@@ -21,7 +21,7 @@ def compute(task: Task) -> Answer:
             {name.rpartition(".")[2]: tensors[name] for name in tensors if name.startswith(f"{module}.")}
         )
         model.set_submodule(module, layer)
-    layers = counted(type(module).__name__ for module in model.modules() if hasattr(module, "W_q"))
+    layers = counted(name for module in model.modules() if (name := type(module).__name__) == "HQQLinear")
     return Answer(causal.greedy(model, task.prompt, task.n_new), layers, logits=causal.logits(model, task.windows))
 
 

@@ -33,7 +33,7 @@ def kernels(model) -> str:
     """What computes with each quantized layer; vLLM has fused some."""
     schemes = (getattr(module, "scheme", None) or getattr(module, "quant_method", None) for module in model.modules())
     found = (type(getattr(scheme, "kernel", scheme)).__name__ for scheme in schemes if scheme is not None)
-    return counted(name for name in found if "Unquantized" not in name)
+    return counted(name for name in found if not name.startswith("Unquantized") and "KVCache" not in name)
 
 
 if __name__ == "__main__":
