@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from hqq_core.convert import quantize_shard as quantize_shard
     from hqq_core.errors import HalfquadError as HalfquadError
     from hqq_core.formats import FORMATS as FORMATS
+    from hqq_core.outputs import output_folders as output_folders
     from hqq_core.plan import Plan as Plan
     from hqq_core.plan import TensorPlan as TensorPlan
     from hqq_core.plan import build_plan as build_plan
+    from hqq_core.plan import build_plans as build_plans
     from hqq_core.recipe import Recipe as Recipe
     from hqq_core.results import Manifest as Manifest
     from hqq_core.results import ShardResult as ShardResult
@@ -37,7 +39,9 @@ _HOMES = {
     "ShardResult": "results",
     "TensorPlan": "plan",
     "build_plan": "plan",
+    "build_plans": "plan",
     "finish_checkpoint": "convert",
+    "output_folders": "outputs",
     "quantize": "solver",
     "quantize_checkpoint": "convert",
     "quantize_shard": "convert",

@@ -28,9 +28,15 @@ class SpecError(HalfquadError, ValueError):
         Name of the setting, as the caller wrote it.
     message : str
         What was got and what was wanted.
+
+    Attributes
+    ----------
+    recipe : int
+        Which of several recipes it stands in, from 0.
     """
 
     code = "invalid_setting"
+    recipe = 0
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hqq_core.architectures import QUANTIZED, Role, role, ties_head
-from hqq_core.checkpoint import SINGLE, Checkpoint
+from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
 from hqq_core.formats import check_model, check_recipe, settled, writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
+from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
-from hqq_core.safetensors_file import DTYPES, TensorEntry, header_nbytes, tensor_nbytes
+from hqq_core.safetensors_file import DTYPES, TensorEntry, tensor_nbytes
 from hqq_core.solver import SOLVABLE_DTYPES, resolve_group_size
 from hqq_core.spec import QuantSpec
 
-VERSION = 3
+VERSION = 4
 EMPTY_FILE_NBYTES = 64  # a header without tensors, and its padding
 
 
@@ -74,6 +75,11 @@ class TensorPlan:
         return "least squares" if self.spec.lp_norm == 2 else "half-quadratic"
 
     @property
+    def problem(self) -> tuple[QuantSpec | None, str | None, tuple[str, ...], bool]:
+        """What the solver is given: plans that agree on it share what it finds."""
+        return self.spec, self.energy, self.folded, self.correlated
+
+    @property
     def module(self) -> str:
         """The module whose weight this is."""
         return self.name.rpartition(".")[0]
@@ -100,7 +106,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole conversion; `shards` are independent of each other.
+    """What one recipe makes of a checkpoint; `shards` are independent of each other.
 
     Parameters
     ----------
@@ -111,6 +117,8 @@ class Plan:
         Names of the other files of the folder that come along, and of those that do not.
     energy_note : str
         Why input energies of a better source were not to be had; empty where they were.
+    folder : str
+        Where below the job's output the result lies; empty: there.
     """
 
     recipe: Recipe
@@ -119,6 +127,7 @@ class Plan:
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     energy_note: str = ""
+    folder: str = ""
     version: int = VERSION
 
     @property
@@ -186,6 +195,7 @@ class Plan:
             carried=tuple(fields["carried"]),
             left_out=tuple(fields["left_out"]),
             energy_note=fields["energy_note"],
+            folder=fields["folder"],
         )
 
 
@@ -197,11 +207,32 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     FormatError, SpecError
         The recipe asks for what the format or this checkpoint cannot give; names the setting.
     """
-    recipe, spec = settled(recipe), check_recipe(recipe)
-    writer = writer_of(recipe)
+    return build_plans(checkpoint, [recipe])[0]
+
+
+def build_plans(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Plan, ...]:
+    """A plan for each recipe of one job, of the same shards.
+
+    Raises
+    ------
+    FormatError, SpecError
+        As `build_plan`, and as `outputs.output_folders`.
+    """
+    folders = output_folders(recipes)
     headers = checkpoint.headers()
-    entries = [entry for file in headers.values() for entry in file.values()]
-    _check_names(recipe, entries, checkpoint)
+    carried, left_out = map(tuple, checkpoint.carried_files())
+    plans = []
+    for folder, recipe in zip(folders, map(settled, recipes), strict=True):
+        spec, shards = _plan_shards(checkpoint, headers, recipe)
+        plans.append(Plan(recipe, spec, shards, carried, left_out, folder=folder))
+    return tuple(plans)
+
+
+def _plan_shards(
+    checkpoint: Checkpoint, headers: dict[str, dict[str, TensorEntry]], recipe: Recipe
+) -> tuple[QuantSpec, tuple[ShardPlan, ...]]:
+    writer, spec = writer_of(recipe).of_model(checkpoint), check_recipe(recipe)
+    _check_names(recipe, [entry for file in headers.values() for entry in file.values()], checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
         for shard, entries in headers.items()
@@ -210,13 +241,11 @@ def build_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not any(tensor.spec for tensor in tensors):
         raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
     _check_roles(tensors, recipe, checkpoint.config)
-    tensors = _assign_files(tensors, recipe)
-    shards = (
+    tensors = _assign_files(tensors, recipe, writer)
+    return spec, tuple(
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
         for index, name in enumerate(headers)
     )
-    carried, left_out = checkpoint.carried_files()
-    return Plan(recipe, spec, tuple(shards), tuple(carried), tuple(left_out))
 
 
 def _check_roles(tensors: list[TensorPlan], recipe: Recipe, config: dict[str, Any]) -> None:
@@ -226,11 +255,12 @@ def _check_roles(tensors: list[TensorPlan], recipe: Recipe, config: dict[str, An
     check_model(recipe, roles[True], roles[False], config)
 
 
-def stored_tensors(tensor: TensorPlan, recipe: Recipe) -> Layout:
-    """What will be stored for one tensor: (name, safetensors dtype, shape) of each."""
-    if tensor.spec is None:
-        return [(tensor.name, tensor.dtype, tensor.shape)]
-    return writer_of(recipe).layout(tensor.module, tensor.shape, tensor.dtype, tensor.spec)
+def stored_tensors(tensor: TensorPlan, writer: CheckpointWriter) -> Layout:
+    """What will be stored for one tensor: name, type in the words of the writer's container, and shape of each."""
+    if tensor.spec:
+        return writer.layout(tensor.module, tensor.shape, tensor.dtype, tensor.spec)
+    layout = writer.layout_copied(tensor.name, tensor.dtype, tensor.shape)
+    return [(tensor.name, tensor.dtype, tensor.shape)] if layout is None else layout
 
 
 def _plan_tensor(
@@ -239,16 +269,11 @@ def _plan_tensor(
     kind = role(entry.name, entry.shape, checkpoint.config)
     reason = _why_copied(entry, kind, recipe, spec, writer, checkpoint)
     nbytes = tensor_nbytes(entry.dtype, entry.shape)
-    if reason:
-        return TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", None, reason, nbytes, nbytes)
-    own = writer.tensor_spec(spec, entry.dtype)
-    module = entry.name.rpartition(".")[0]
-    stored = sum(
-        tensor_nbytes(dtype, shape) for _, dtype, shape in writer.layout(module, entry.shape, entry.dtype, own)
-    )
-    return TensorPlan(
-        entry.name, entry.dtype, entry.shape, shard, "", own, kind.value, nbytes, stored, "none", recipe.preset
-    )
+    tensor = TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", None, reason or kind.value, nbytes, nbytes)
+    if reason is None:
+        own = writer.tensor_spec(spec, entry.dtype)
+        tensor = dataclasses.replace(tensor, spec=own, energy="none", preset=recipe.preset)
+    return dataclasses.replace(tensor, nbytes_out=writer.container.nbytes(stored_tensors(tensor, writer)))
 
 
 def _why_copied(
@@ -297,32 +322,28 @@ def _check_names(recipe: Recipe, entries: list[TensorEntry], checkpoint: Checkpo
                 raise SpecError(field, f"{field} {name!r}: no such module in the checkpoint{tied}")
 
 
-def _assign_files(tensors: list[TensorPlan], recipe: Recipe) -> list[TensorPlan]:
+def _assign_files(tensors: list[TensorPlan], recipe: Recipe, writer: CheckpointWriter) -> list[TensorPlan]:
     """Cut each shard's tensors, in order, into files no larger than the limit, and number all files through."""
     numbers: list[int] = []
     seen: set[str] = set()
     current, size, shard = 0, 0, ""
     for tensor in tensors:
-        stored = stored_tensors(tensor, recipe)
+        stored = stored_tensors(tensor, writer)
         for name, _, _ in stored:
             if name in seen:
                 raise CheckpointError(
                     f"{tensor.shard}: what {tensor.name!r} becomes would be stored as {name!r}, a name taken"
                 )
             seen.add(name)
-        nbytes = tensor.nbytes_out + header_nbytes(stored)
+        nbytes = tensor.nbytes_out + writer.container.header_nbytes(stored)
         if tensor.shard != shard or size + nbytes > recipe.max_shard_nbytes:
             current, size, shard = current + 1, EMPTY_FILE_NBYTES, tensor.shard
         size += nbytes
         numbers.append(current)
     return [
-        dataclasses.replace(tensor, file=_file_name(number, current))
+        dataclasses.replace(tensor, file=writer.container.part_name(number, current))
         for tensor, number in zip(tensors, numbers, strict=True)
     ]
-
-
-def _file_name(number: int, total: int) -> str:
-    return SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def _main_obstacle(tensors: list[TensorPlan]) -> str:

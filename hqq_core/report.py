@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from hqq_core.checkpoint import Checkpoint
@@ -13,7 +14,7 @@ from hqq_core.results import ArtifactFile, ShardResult, TensorResult
 N_WORST = 5
 
 
-def metrics_of(plan: Plan, results: list[ShardResult], written: list[ArtifactFile]) -> dict[str, Any]:
+def metrics_of(plan: Plan, results: Sequence[ShardResult], written: Sequence[ArtifactFile]) -> dict[str, Any]:
     """Figures of the whole; the same for the same input, so no times."""
     tensors = [tensor for result in results for tensor in result.tensors]
     quantized = [tensor for tensor in plan.tensors if tensor.spec]
@@ -45,7 +46,7 @@ def _errors(tensor: TensorResult) -> dict[str, Any]:
 
 
 def report_of(
-    checkpoint: Checkpoint, plan: Plan, results: list[ShardResult], metrics: dict[str, Any]
+    checkpoint: Checkpoint, plan: Plan, results: Sequence[ShardResult], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """What became of every tensor, why, and how well."""
     errors = {tensor.name: _errors(tensor) for result in results for tensor in result.tensors}

@@ -231,7 +231,7 @@ class SafetensorsWriter:
         header, self.entries = build_header(tensors)
         self.nbytes = max((entry.end for entry in self.entries.values()), default=len(header))
         self.path = path
-        self._missing = set(self.entries)
+        self._ends = {name: entry.begin for name, entry in self.entries.items()}  # of what is written
         self._temporary = temporary_path(path)
         self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with self._room(), self._discarded_on_error():
@@ -246,24 +246,20 @@ class SafetensorsWriter:
         flat = tensor.contiguous().as_strided(
             (tensor.numel(),), (1,)
         )  # contiguous, a single number may have any stride
-        raw = flat.view(torch.uint8).numpy()
-        with self._room():
-            self._pwrite(raw.data, entry.begin)
-        self._missing.discard(name)
+        self.append(name, flat.view(torch.uint8).numpy().data)
 
-    def write_pieces(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """Write one tensor's bytes as they come, never holding it whole."""
-        offset = self.entries[name].begin
+    def append(self, name: str, piece: memoryview) -> None:
+        """Write the next bytes of one tensor, which need never be held whole."""
+        offset = self._ends[name]
+        assert offset + len(piece) <= self.entries[name].end, f"{name}: more bytes than announced"
         with self._room():
-            for piece in pieces:
-                self._pwrite(piece, offset)
-                offset += len(piece)
-        assert offset == self.entries[name].end, f"{name}: ended at {offset}, announced {self.entries[name].end}"
-        self._missing.discard(name)
+            self._pwrite(piece, offset)
+        self._ends[name] += len(piece)
 
     def close(self) -> str:
         """Make the file durable under its final name and return its SHA-256, read back from the file system."""
-        assert not self._missing, f"{self.path.name}: never written: {sorted(self._missing)[:3]}"
+        missing = [name for name, entry in self.entries.items() if self._ends[name] != entry.end]
+        assert not missing, f"{self.path.name}: never written to the end: {missing[:3]}"
         with self._room():
             os.fsync(self._file)
         os.close(self._file)
@@ -336,6 +332,16 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, s
         temporary.unlink(missing_ok=True)
         raise
     return nbytes, digest.hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> tuple[int, str]:
+    """`write_file` of an object, for people to read too."""
+    return write_file(path, [json_bytes(value)])
+
+
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """An object as JSON text, always the same for the same."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def reserve(file: int, nbytes: int) -> None:

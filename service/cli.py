@@ -180,7 +180,7 @@ def quantize(
     settings = Recipe.from_dict(recipe)
     with _bytes_bar(source.name) as report:
         progress = _stopping_on_signals(report)
-        manifest = quantize_checkpoint(
+        (manifest,) = quantize_checkpoint(
             source, output, settings, threads=threads or os.cpu_count() or 1, progress=progress
         )
     if as_json:

@@ -149,9 +149,9 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
     weighting = _read_energies(workplace, claim, shard) if plan.recipe.weighted else None
     checkpoint = open_source(claim.source, workplace.roots)
     workplace.store.check_room(shard.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
-    result = convert.quantize_shard(
+    (result,) = convert.quantize_shard(
         checkpoint,
-        plan,
+        [plan],
         claim.index,
         workplace.store.output(claim.job_id),
         weighting,
@@ -171,7 +171,7 @@ def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
         results = [ShardResult.from_dict(result) for result in repository.shard_results(session, claim.job_id)]
     before = 0
     for result in results:
-        _verify(result, output, before, heartbeat)
+        _verify(plan, result, output, before, heartbeat)
         before += sum(file.nbytes for file in result.files)
     checkpoint = open_source(claim.source, workplace.roots)
     manifest = convert.finish_checkpoint(checkpoint, plan, results, output)
@@ -219,8 +219,10 @@ def _read_energies(workplace: Workplace, claim: Claim, shard: ShardPlan) -> Ener
     return found
 
 
-def _verify(result: ShardResult, output: Path, before: int, heartbeat: Heartbeat) -> None:
+def _verify(plan: Plan, result: ShardResult, output: Path, before: int, heartbeat: Heartbeat) -> None:
     try:
-        convert.verify_shard(result, output, progress=lambda nbytes_done: heartbeat.progress(before + nbytes_done))
+        convert.verify_shard(
+            plan, result, output, progress=lambda nbytes_done: heartbeat.progress(before + nbytes_done)
+        )
     except CheckpointError as error:
         raise ResultDamaged(f"what was written is not what was solved: {error}") from error

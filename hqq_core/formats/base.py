@@ -6,18 +6,28 @@ import dataclasses
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
 from hqq_core.architectures import Role
+from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import FormatError
 from hqq_core.formats.capabilities import Capabilities
+from hqq_core.formats.container import Container, Layout, Safetensors
 from hqq_core.solver import quantize
 from hqq_core.spec import QuantSpec, ScaleDtype
 from hqq_core.tensors import QuantizedTensor
 
-Layout = list[tuple[str, str, tuple[int, ...]]]  # (name, safetensors dtype, shape) of each stored tensor
+__all__ = [
+    "HALF_DTYPES",
+    "SCALE_DTYPES",
+    "CheckpointWriter",
+    "Layout",
+    "refuse",
+    "refuse_unless_inner_linear",
+    "refuse_unless_linear",
+]
 
 SCALE_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float16"}
@@ -26,7 +36,8 @@ HALF_DTYPES: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32
 class CheckpointWriter(ABC):
     """One output format. It refuses early, and the same input gives the same bytes.
 
-    A writer lays out one weight at a time; `convert` streams the weights through it, so no writer holds a model.
+    A writer lays out one weight at a time; `convert` streams the weights through it, so no writer holds a model. It inherits
+    safetensors files and copied tensors that stay as they are; a format that wants other files names its own `container`.
 
     Parameters
     ----------
@@ -36,11 +47,18 @@ class CheckpointWriter(ABC):
         The settings that it holds.
     scale_dtypes : mapping of str to str
         By the source's safetensors type, what scale and zero are stored as: the model's own type unless said.
+    container : Container
+        What its files are.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     scale_dtypes: ClassVar[Mapping[str, ScaleDtype]] = SCALE_DTYPES
+    container: Container = Safetensors()
+
+    def of_model(self, checkpoint: Checkpoint) -> Self:
+        """The writer for this source; another one where names, order or files depend on its config or tokenizer."""
+        return self
 
     def check_model(  # noqa: B027
         self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]
@@ -67,6 +85,14 @@ class CheckpointWriter(ABC):
     def encode(self, module: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Tensors to store for the weight of `module`."""
 
+    def layout_copied(self, name: str, dtype: str, shape: tuple[int, ...]) -> Layout | None:
+        """What `encode_copied` will return for a tensor that is not quantized; None: its bytes, which are streamed."""
+        return None
+
+    def encode_copied(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tensors to store for one that is not quantized, under other names, in another type or order."""
+        return {name: tensor}
+
     @abstractmethod
     def config(self, spec: QuantSpec, quantized: Iterable[str], copied: Iterable[str]) -> dict[str, Any]:
         """What config.json gets, by key; `copied` are the linear modules left as they were."""
@@ -75,6 +101,11 @@ class CheckpointWriter(ABC):
 def refuse(writer: CheckpointWriter, field: str, got: object, wanted: str) -> FormatError:
     """The FormatError for one setting."""
     return FormatError(field, f"{field} {reprlib.repr(got)}: format {writer.name!r} holds {wanted}")
+
+
+def left_alone(quantized: Iterable[str], copied: Iterable[str]) -> list[str]:
+    """Modules that a reader is told to leave alone: those copied, and a tied output head, which the files do not have."""
+    return sorted({"lm_head", *copied} - set(quantized))
 
 
 def refuse_unless_linear(role: Role) -> str | None:

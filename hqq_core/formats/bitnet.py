@@ -15,7 +15,7 @@ import torch
 
 from hqq_core.architectures import Role
 from hqq_core.errors import TensorError
-from hqq_core.formats.base import CheckpointWriter, Layout, refuse, refuse_unless_linear
+from hqq_core.formats.base import CheckpointWriter, Layout, left_alone, refuse, refuse_unless_linear
 from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.safetensors_file import NAMES
 from hqq_core.spec import TERNARY, QuantSpec
@@ -101,6 +101,6 @@ class BitnetWriter(CheckpointWriter):
         """As transformers writes it."""
         settings = {
             "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline",
-            "modules_to_not_convert": sorted({"lm_head", *copied}),
+            "modules_to_not_convert": left_alone(quantized, copied),
         }  # fmt: skip
         return {"quantization_config": settings}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import CheckpointWriter, Layout, refuse
+from hqq_core.formats.base import CheckpointWriter, Layout, left_alone, refuse
 from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import pack_dense
 from hqq_core.safetensors_file import NAMES
@@ -94,6 +94,6 @@ class CompressedTensorsWriter(CheckpointWriter):
             "quantization_status": "compressed",
             "dequantize": True,
             "config_groups": {"group_0": scheme},
-            "ignore": sorted({"lm_head", *copied}),
+            "ignore": left_alone(quantized, copied),
         }
         return {"quantization_config": settings}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse_unless_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, left_alone, refuse_unless_linear
 from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import STRIDED_PER_WORD, pack_strided
 from hqq_core.safetensors_file import DTYPES, NAMES
@@ -85,7 +85,7 @@ class HqqWriter(CheckpointWriter):
             "quant_config": {
                 "weight_quant_params": weights, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False,
             },
-            "skip_modules": sorted({"lm_head", *copied}),
+            "skip_modules": left_alone(quantized, copied),
         }  # fmt: skip
         return {"quantization_config": settings}
 

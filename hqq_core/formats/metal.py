@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import CheckpointWriter, Layout, refuse
+from hqq_core.formats.base import CheckpointWriter, Layout, left_alone, refuse
 from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.formats.mlx import affine, affine_layout
 from hqq_core.spec import QuantSpec
@@ -48,6 +48,6 @@ class MetalWriter(CheckpointWriter):
         """As transformers writes it."""
         settings = {
             "quant_method": "metal", "bits": spec.code_bits, "group_size": spec.group_size,
-            "modules_to_not_convert": sorted(copied),
+            "modules_to_not_convert": left_alone(quantized, copied),
         }  # fmt: skip
         return {"quantization_config": settings}

@@ -59,7 +59,7 @@ def run(name: str, folder: str, format: str) -> dict:
 def convert(folder: Path, format: str) -> dict:
     """The conversion, as `halfquad quantize` does it."""
     start = time.perf_counter()
-    manifest = quantize_checkpoint(
+    (manifest,) = quantize_checkpoint(
         folder / "source", folder / "out", Recipe(format=format, nbits=4, group_size=64, energy="none")
     )
     seconds = time.perf_counter() - start
@@ -81,7 +81,8 @@ def rewrite(folder: Path, format: str) -> dict:
                 pass
         writer = SafetensorsWriter(folder / "copy" / shard.file, [("bytes", "U8", (shard.nbytes_out,))])
         sizes = (min(CHUNK_NBYTES, shard.nbytes_out - at) for at in range(0, shard.nbytes_out, CHUNK_NBYTES))
-        writer.write_pieces("bytes", (buffer[:size] for size in sizes))
+        for size in sizes:
+            writer.append("bytes", buffer[:size])
         writer.close()
     seconds = time.perf_counter() - start
     shutil.rmtree(folder / "copy")

@@ -25,7 +25,7 @@ def test_copied_tensors_are_the_same_bytes(tmp_path):
 def test_the_manifest_names_every_file_with_its_hash(tmp_path):
     source = save_llama(tmp_path / "m", n_shards=2)
     (source / "tokenizer.json").write_text('{"version": "1.0"}')
-    manifest = quantize_checkpoint(source, tmp_path / "out", Recipe())
+    (manifest,) = quantize_checkpoint(source, tmp_path / "out", Recipe())
     on_disk = {path.name for path in (tmp_path / "out").iterdir()}
     assert {file.name for file in manifest.files} | {MANIFEST} == on_disk
     assert "tokenizer.json" in on_disk
@@ -87,7 +87,7 @@ def test_what_killed_runs_left_is_gone_in_the_end(tmp_path):
     (tmp_path / "out" / "original").mkdir(parents=True)
     (tmp_path / "out" / ".partial-0123abcd-model.safetensors").write_bytes(b"x")
     (tmp_path / "out" / "original" / ".partial-0123abcd-params.json").write_bytes(b"x")
-    result = quantize_shard(checkpoint, plan, 0, tmp_path / "out")
+    (result,) = quantize_shard(checkpoint, [plan], 0, tmp_path / "out")
     assert not list((tmp_path / "out").glob(".partial-*"))
     finish_checkpoint(checkpoint, plan, [result], tmp_path / "out")
     assert not list((tmp_path / "out").rglob(".partial-*"))
@@ -133,7 +133,7 @@ def test_a_source_that_changed_since_it_was_planned_is_noticed(tmp_path):
     save_llama(tmp_path / "m", hidden=128)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"model.safetensors: holds other tensors than when it was planned"):
-        quantize_shard(checkpoint, plan, 0, tmp_path / "out")
+        quantize_shard(checkpoint, [plan], 0, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_stopping_leaves_nothing_half_written(tmp_path):
 
     (tmp_path / "out").mkdir()
     with pytest.raises(Cancelled):
-        quantize_shard(checkpoint, plan, 0, tmp_path / "out", progress=progress)
+        quantize_shard(checkpoint, [plan], 0, tmp_path / "out", progress=progress)
     assert list((tmp_path / "out").iterdir()) == []
     assert seen == sorted(seen)
 
@@ -171,19 +171,18 @@ def test_verify_notices_one_flipped_byte(tmp_path):
     checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
     plan = build_plan(checkpoint, Recipe())
     (tmp_path / "out").mkdir()
-    result = ShardResult.from_dict(
-        json.loads(json.dumps(quantize_shard(checkpoint, plan, 0, tmp_path / "out").to_dict()))
-    )
-    verify_shard(result, tmp_path / "out")
+    (solved,) = quantize_shard(checkpoint, [plan], 0, tmp_path / "out")
+    result = ShardResult.from_dict(json.loads(json.dumps(solved.to_dict())))
+    verify_shard(plan, result, tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"model.safetensors: sha256 .*: wanted"):
-        verify_shard(result, tmp_path / "out")
+        verify_shard(plan, result, tmp_path / "out")
     path.unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors: written before, but gone"):
-        verify_shard(result, tmp_path / "out")
+        verify_shard(plan, result, tmp_path / "out")
 
 
 def test_importing_the_library_loads_nothing_heavy():

@@ -57,7 +57,7 @@ def test_the_solver_is_named_after_what_it_does(tmp_path, settings, solver):
 
 def test_a_plan_of_another_version_is_refused(tmp_path):
     fields = plan_of(save_llama(tmp_path / "m")).to_dict()
-    with pytest.raises(CheckpointError, match="plan of version 1: wanted 3"):
+    with pytest.raises(CheckpointError, match="plan of version 1: wanted 4"):
         Plan.from_dict(fields | {"version": 1})
 
 

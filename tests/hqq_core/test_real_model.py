@@ -28,7 +28,7 @@ def energies(smollm2) -> Energies:
 
 def test_compressed_tensors_in_transformers(smollm2, energies, tmp_path):
     recipe = Recipe(format="compressed-tensors", nbits=4, group_size=64)
-    manifest = quantize_checkpoint(smollm2, tmp_path / "out", recipe)
+    (manifest,) = quantize_checkpoint(smollm2, tmp_path / "out", recipe)
     assert manifest.metrics["tensors_quantized"] == 210
     assert manifest.metrics["bits_per_weight"] < 4.32
     assert manifest.metrics["energy_sources"] == {"synthetic": 210}
@@ -78,7 +78,7 @@ def test_sentence_embeddings_keep_their_direction(tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
     source = cached("minilm-l6")
-    manifest = quantize_checkpoint(source, tmp_path / "out", Recipe(nbits=4, group_size=32))
+    (manifest,) = quantize_checkpoint(source, tmp_path / "out", Recipe(nbits=4, group_size=32))
     assert manifest.metrics["tensors_quantized"] == 37
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     sentences = english().split("\n\n")[:16]

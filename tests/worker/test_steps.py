@@ -29,7 +29,7 @@ def test_job_ends_with_the_bytes_of_the_library(
     job = foreman.get(job)
     assert (job.status, job.phase, job.error) == (JobStatus.SUCCEEDED, Phase.VERIFYING, None)
     assert job.result is not None
-    manifest = quantize_checkpoint(source, tmp_path / "direct", RECIPE, threads=1)
+    (manifest,) = quantize_checkpoint(source, tmp_path / "direct", RECIPE, threads=1)
     output = workplace.store.output(job.id)
     assert folder_bytes(output) == folder_bytes(tmp_path / "direct")
     assert job.result["metrics"] == manifest.metrics

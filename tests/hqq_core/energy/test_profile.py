@@ -136,7 +136,7 @@ def test_without_transformers_auto_is_analytic_and_says_so(tmp_path, monkeypatch
 
 def test_plan_report_and_manifest_say_where_energies_come_from_and_why(tmp_path):
     source = save_checkpoint(tmp_path / "m", llama_tensors(), llama_config() | {"num_hidden_layers": 3})
-    manifest = quantize_checkpoint(source, tmp_path / "out", Recipe(format="hqq", preset="fast"))
+    (manifest,) = quantize_checkpoint(source, tmp_path / "out", Recipe(format="hqq", preset="fast"))
     report = json.loads((tmp_path / "out" / "halfquad_report.json").read_text())
     assert manifest.metrics["energy_sources"] == report["metrics"]["energy_sources"] == {"analytic": 14}
     assert manifest.metrics["energy_note"].startswith("no synthetic energies: layers.2")
@@ -161,12 +161,12 @@ def test_a_shard_task_weights_as_the_whole_run_does(tmp_path):
     (tmp_path / "parts").mkdir()
     for shard in plan.shards:
         quantize_shard(
-            checkpoint, plan, shard.index, tmp_path / "parts", Energies.load(tmp_path / "energies.safetensors")
+            checkpoint, [plan], shard.index, tmp_path / "parts", Energies.load(tmp_path / "energies.safetensors")
         )
     whole, parts = folder_bytes(tmp_path / "whole"), folder_bytes(tmp_path / "parts")
     assert all(parts[name] == whole[name] for name in parts)
     with pytest.raises(EnergyError, match="planned with synthetic input energy: got none"):
-        quantize_shard(checkpoint, plan, 0, tmp_path / "parts")
+        quantize_shard(checkpoint, [plan], 0, tmp_path / "parts")
 
 
 def test_weighting_changes_the_codes_and_none_does_not(tmp_path):

@@ -85,9 +85,9 @@ class WriterContract:
         plan = build_plan(checkpoint, self.recipe)
         energies = profile(checkpoint, "auto" if plan.recipe.weighted else "none")
         plan = plan.with_energies(energies)
-        results = [quantize_shard(checkpoint, plan, i, tmp_path / "backwards", energies) for i in (2, 0, 1)]
+        results = [*(quantize_shard(checkpoint, [plan], i, tmp_path / "backwards", energies)[0] for i in (2, 0, 1))]
         again = results.pop(1).index  # one of them twice
-        results.append(quantize_shard(checkpoint, plan, again, tmp_path / "backwards", energies))
+        results += quantize_shard(checkpoint, [plan], again, tmp_path / "backwards", energies)
         finish_checkpoint(checkpoint, plan, results, tmp_path / "backwards")
         one = folder_bytes(tmp_path / "one")
         assert one == folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "backwards")

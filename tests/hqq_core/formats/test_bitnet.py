@@ -71,7 +71,7 @@ class TestBitnet(WriterContract):
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_nothing_is_lost(self, tmp_path, dtype):
         source = self.save(tmp_path / "m", dtype=dtype)
-        manifest = quantize_checkpoint(source, tmp_path / "out", TERNARY)
+        (manifest,) = quantize_checkpoint(source, tmp_path / "out", TERNARY)
         assert manifest.metrics["relative_error"] == 0
         read = self.read(tmp_path / "out", dtype)
         original = self.tensors(2, 128, dtype)
@@ -97,6 +97,20 @@ class TestBitnet(WriterContract):
         with torch.no_grad():
             wanted, got = model(ids).logits, loaded(tmp_path / "out")(ids).logits
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+    @pytest.mark.parametrize(("tied", "include"), [(False, ("lm_head",)), (True, ())])
+    def test_the_output_head_is_found_where_it_is(self, tmp_path, tied, include):
+        model = build("llama", tie_word_embeddings=tied)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if is_linear(name) or name == "lm_head.weight":
+                    parameter.copy_(ternary(parameter))
+        model.save_pretrained(tmp_path / "m")
+        recipe = Recipe(format="bitnet", nbits=1.58, group_size=None, include_modules=include)
+        quantize_checkpoint(tmp_path / "m", tmp_path / "out", recipe)
+        head = loaded(tmp_path / "out").lm_head
+        weight = head.weight * head.weight_scale if include else head.weight
+        assert torch.equal(weight, model.lm_head.weight)
 
     def test_a_weight_of_zeros_is_ternary(self, tmp_path):
         tensors = self.tensors(1, 64) | {"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64).bfloat16()}

@@ -1,6 +1,7 @@
 """What the compressed-tensors library and transformers read equals what was solved, to the last stored bit."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -38,6 +39,21 @@ class TestCompressedTensors(WriterContract):
         assert all(torch.equal(state[f"{module}.weight"], weight) for module, weight in read.items())
         original = llama_tensors()["model.layers.0.mlp.up_proj.weight"]
         assert torch.equal(state["model.layers.0.mlp.up_proj.weight"], original)
+
+    @pytest.mark.parametrize(("tied", "include"), [(False, ["lm_head"]), (False, []), (True, [])])
+    def test_the_output_head_is_found_where_it_is(self, tmp_path, tied, include):
+        build("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "m")
+        recipe = Recipe(group_size=32, energy="none", include_modules=include)
+        quantize_checkpoint(tmp_path / "m", tmp_path / "out", recipe)
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert config["ignore"] == ([] if include else ["lm_head"])
+        weights = compressed_tensors_weights(tmp_path / "out")
+        expected = replaced(tmp_path / "m", tmp_path / "out", tmp_path / "dequantized", weights).state_dict()
+        from transformers import AutoModelForCausalLM
+
+        model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(told.values())
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
     @pytest.mark.parametrize("family", EXPERT_FAMILIES)
     def test_transformers_loads_symmetric_experts(self, tmp_path, family):

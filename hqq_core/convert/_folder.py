@@ -1,0 +1,146 @@
+"""One output's folder: shards read back, and the files that make it a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hqq_core.architectures import Role, with_older_names
+from hqq_core.checkpoint import CONFIG, MANIFEST, REPORT, Checkpoint
+from hqq_core.convert._progress import Counter, Progress
+from hqq_core.errors import CheckpointError
+from hqq_core.formats import writer_of
+from hqq_core.formats.container import Layout, Part
+from hqq_core.plan import Plan, TensorPlan, stored_tensors
+from hqq_core.report import metrics_of, report_of
+from hqq_core.results import ArtifactFile, Manifest, ShardResult
+from hqq_core.safetensors_file import TEMPORARY_PREFIX, json_bytes, sha256_file, write_file, write_json
+
+WITH_POINTERS_TO_CODE = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+def verify_shard(plan: Plan, result: ShardResult, output: Path, *, progress: Progress | None = None) -> None:
+    """Read back what one plan made of a shard: headers sound, bytes as they were when written.
+
+    Raises
+    ------
+    CheckpointError
+        Names the file.
+    """
+    folder, container, done = output / plan.folder, writer_of(plan.recipe).container, Counter(progress)
+    for file in result.files:
+        _check_there(file, folder)
+        container.check(folder / file.name)
+        _check_hash(file, folder, done)
+
+
+def finished(plan: Plan, output: Path, *, progress: Progress | None = None) -> Manifest | None:
+    """The manifest that an earlier run left, with its files read back; None where there is none, and all is still to do.
+
+    Raises
+    ------
+    CheckpointError
+        Names a file that is not as it was when written.
+    """
+    folder, done = output / plan.folder, Counter(progress)
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = Manifest.from_dict(json.loads((folder / MANIFEST).read_bytes()))
+    for file in manifest.files:
+        _check_there(file, folder)
+        _check_hash(file, folder, done)
+    _remove_parts(plan, manifest, folder)
+    return manifest
+
+
+def _check_there(file: ArtifactFile, folder: Path) -> None:
+    if not (folder / file.name).is_file():
+        raise CheckpointError(f"{file.name}: written before, but gone")
+
+
+def _check_hash(file: ArtifactFile, folder: Path, done: Counter) -> None:
+    digest = sha256_file(folder / file.name, done.add)
+    if digest != file.sha256:
+        raise CheckpointError(f"{file.name}: sha256 {digest}: wanted {file.sha256}, as when it was written")
+
+
+def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: Sequence[ShardResult], output: Path) -> Manifest:
+    """Write what joins the shards, config, carried files and report beside them, and the manifest last.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    plan : Plan
+    results : sequence of ShardResult
+        This plan's, one for each of `plan.shards`, in any order.
+    output : Path
+        The job's folder, which the plan's lies in.
+
+    Returns
+    -------
+    Manifest
+    """
+    results = sorted(results, key=lambda result: result.index)
+    assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
+    folder, writer = output / plan.folder, writer_of(plan.recipe).of_model(checkpoint)
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink(missing_ok=True)
+    layouts: dict[str, Layout] = {file.name: [] for result in results for file in result.files}
+    for tensor in plan.tensors:
+        layouts[tensor.file] += stored_tensors(tensor, writer)
+    parts = [Part(file, layouts[file.name]) for result in results for file in result.files]
+    weights, beside = writer.container.finish(checkpoint, parts, folder)
+    metrics = metrics_of(plan, results, weights)
+    files = [*weights, *beside, *(_carry(checkpoint, name, folder) for name in plan.carried)]
+    ours = {CONFIG: _config(checkpoint, plan), REPORT: report_of(checkpoint, plan, results, metrics)}
+    files += [ArtifactFile(name, *write_json(folder / name, value)) for name, value in ours.items()]
+    manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
+    write_json(folder / MANIFEST, manifest.to_dict())
+    _remove_parts(plan, manifest, folder)
+    return manifest
+
+
+def _remove_parts(plan: Plan, manifest: Manifest, folder: Path) -> None:
+    """Shards' files that have become part of another; only now, for until the manifest was there all could begin anew."""
+    for name in {tensor.file for tensor in plan.tensors} - {file.name for file in manifest.files}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _carry(checkpoint: Checkpoint, name: str, output: Path) -> ArtifactFile:
+    """Copy one file, without pointers to code in the repository where such files have them."""
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    pieces = checkpoint.file_pieces(name)
+    if name in WITH_POINTERS_TO_CODE:
+        pieces = iter([_without_auto_map(b"".join(pieces))])
+    return ArtifactFile(name, *write_file(output / name, pieces))
+
+
+def _without_auto_map(raw: bytes) -> bytes:
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw  # not ours to mend
+    if not isinstance(fields, dict) or "auto_map" not in fields:
+        return raw
+    return json_bytes({key: value for key, value in fields.items() if key != "auto_map"})
+
+
+def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The source's config.json with what its format's readers look for, old and new, and without pointers to code."""
+    quantized = [tensor.module for tensor in plan.tensors if tensor.spec]
+    copied = [tensor.module for tensor in plan.tensors if tensor.spec is None and _may_be_linear(tensor)]
+    kept = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    return with_older_names(kept) | writer_of(plan.recipe).of_model(checkpoint).config(plan.spec, quantized, copied)
+
+
+def _may_be_linear(tensor: TensorPlan) -> bool:
+    """Whether a reader would take the copied tensor for the weight of a linear layer."""
+    no_linear = (Role.EMBEDDING.value, Role.NORM.value, Role.CONV1D.value)
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.reason not in no_linear
