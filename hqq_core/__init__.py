@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hqq_core.solver import quantize as quantize
     from hqq_core.spec import QuantSpec as QuantSpec
     from hqq_core.tensors import QuantizedTensor as QuantizedTensor
+    from hqq_core.verify import Verified as Verified
+    from hqq_core.verify import verify_folder as verify_folder
 
 _HOMES = {
     "Checkpoint": "checkpoint",
@@ -38,6 +40,7 @@ _HOMES = {
     "Recipe": "recipe",
     "ShardResult": "results",
     "TensorPlan": "plan",
+    "Verified": "verify",
     "build_plan": "plan",
     "build_plans": "plan",
     "finish_checkpoint": "convert",
@@ -45,6 +48,7 @@ _HOMES = {
     "quantize": "solver",
     "quantize_checkpoint": "convert",
     "quantize_shard": "convert",
+    "verify_folder": "verify",
 }
 
 __all__ = sorted(_HOMES)

@@ -5,6 +5,7 @@ HalfquadError
 │   └── FormatError      a setting that this format, or who reads it, cannot hold
 ├── CheckpointError      a source or a written folder that cannot be trusted; names the file
 ├── TensorError          a tensor that cannot be quantized; `tensor` names it
+├── VerificationError    a result that is not what was solved; `name` names the tensor or file
 ├── EnergyError          input energies that cannot be had the way that was asked for
 ├── StorageFullError     no room left where the result is written
 └── Cancelled            the caller asked to stop
@@ -63,6 +64,24 @@ class TensorError(HalfquadError):
     def __init__(self, tensor: str, message: str) -> None:
         super().__init__(f"{tensor}: {message}")
         self.tensor = tensor
+
+
+class VerificationError(HalfquadError):
+    """A result that is not what was solved, or not of the source it is held against.
+
+    Parameters
+    ----------
+    name : str
+        The tensor at fault, or the file.
+    message : str
+        What was got and what was wanted.
+    """
+
+    code = "result_damaged"
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name = name
 
 
 class EnergyError(HalfquadError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hqq_core.errors import SpecError
-from hqq_core.formats import check_recipe
+from hqq_core.formats import check_recipe, writer_of
 from hqq_core.recipe import Recipe
 
 FIELDS = tuple(Recipe.__dataclass_fields__)
@@ -19,7 +19,7 @@ def output_folders(recipes: Sequence[Recipe]) -> tuple[str, ...]:
     Raises
     ------
     FormatError, SpecError
-        A setting that its format cannot hold; an energy other than the first recipe's, for the source is profiled once; two
+        A setting that its format cannot hold; an energy other than an earlier recipe's, for the source is profiled once; two
         recipes for one folder. `recipe` says which of them is meant.
 
     Examples
@@ -33,7 +33,7 @@ def output_folders(recipes: Sequence[Recipe]) -> tuple[str, ...]:
     for index, recipe in enumerate(recipes):
         try:
             check_recipe(recipe)
-            _check_energy(recipe, recipes[0])
+            _check_energy(recipe, recipes[:index])
             names.append(_name(recipe))
             _check_name(names, recipe, recipes)
         except SpecError as error:
@@ -44,23 +44,27 @@ def output_folders(recipes: Sequence[Recipe]) -> tuple[str, ...]:
 
 def _name(recipe: Recipe) -> str:
     """Deterministic, and safe as a path: the format is one of ours."""
+    group = f"g{recipe.group_size}" if recipe.group_size else "channel"
     chosen = [
         recipe.format,
-        f"{recipe.nbits}bit",
-        f"g{recipe.group_size}" if recipe.group_size else "channel",
+        *((recipe.type,) if recipe.type else (f"{recipe.nbits}bit", group)),
         f"axis{recipe.axis}" if recipe.axis != 1 else "",
         recipe.zero or "",
         recipe.preset if recipe.preset != "balanced" else "",
-        "" if recipe.fold else "unfolded",
+        "" if recipe.fold or _lossless(recipe) else "unfolded",
     ]
     return "-".join(filter(None, chosen))
 
 
-def _check_energy(recipe: Recipe, first: Recipe) -> None:
-    if recipe.energy != first.energy:
-        raise SpecError(
-            "energy", f"energy {recipe.energy!r}: wanted {first.energy!r}, as the job's first recipe has it"
-        )
+def _check_energy(recipe: Recipe, before: Sequence[Recipe]) -> None:
+    wanted = next((other.energy for other in before if not _lossless(other)), recipe.energy)
+    if recipe.energy != wanted and not _lossless(recipe):
+        raise SpecError("energy", f"energy {recipe.energy!r}: wanted {wanted!r}, as a recipe before has it")
+
+
+def _lossless(recipe: Recipe) -> bool:
+    """Whether weights are kept as they are, so that energy and fold are none of its business: see `formats.settled`."""
+    return writer_of(recipe).capabilities.lossless
 
 
 def _check_name(names: Sequence[str], recipe: Recipe, recipes: Sequence[Recipe]) -> None:

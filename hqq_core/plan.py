@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hqq_core.architectures import QUANTIZED, Role, role, ties_head
+from hqq_core.architectures import Role, role, ties_head
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies, Fold
 from hqq_core.errors import CheckpointError, FormatError, SpecError
-from hqq_core.formats import check_model, check_recipe, settled, writer_of
+from hqq_core.formats import check_model, check_recipe, settled, writer_for, writer_of
 from hqq_core.formats.base import CheckpointWriter, Layout
 from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
@@ -145,6 +145,11 @@ class Plan:
         """Bytes of tensor data to write."""
         return sum(shard.nbytes_out for shard in self.shards)
 
+    @property
+    def finish_nbytes(self) -> int:
+        """Bytes that the finish needs beside what the shards wrote."""
+        return writer_of(self.recipe).container.finish_nbytes(self.nbytes_out)
+
     def with_energies(self, energies: Energies) -> Plan:
         """The same plan, weighted by input energies and folded wherever there is what it takes.
 
@@ -231,7 +236,7 @@ def build_plans(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> tuple[Plan
 def _plan_shards(
     checkpoint: Checkpoint, headers: dict[str, dict[str, TensorEntry]], recipe: Recipe
 ) -> tuple[QuantSpec, tuple[ShardPlan, ...]]:
-    writer, spec = writer_of(recipe).of_model(checkpoint), check_recipe(recipe)
+    spec, writer = check_recipe(recipe), writer_for(recipe, checkpoint)
     _check_names(recipe, [entry for file in headers.values() for entry in file.values()], checkpoint)
     tensors = [
         _plan_tensor(entry, shard, checkpoint, recipe, spec, writer)
@@ -240,7 +245,7 @@ def _plan_shards(
     ]
     if not any(tensor.spec for tensor in tensors):
         raise CheckpointError(f"none of {len(tensors)} tensors can be quantized: {_main_obstacle(tensors)}")
-    _check_roles(tensors, recipe, checkpoint.config)
+    _check_roles(tensors, writer, recipe, checkpoint.config)
     tensors = _assign_files(tensors, recipe, writer)
     return spec, tuple(
         ShardPlan(index, name, tuple(tensor for tensor in tensors if tensor.shard == name))
@@ -248,11 +253,11 @@ def _plan_shards(
     )
 
 
-def _check_roles(tensors: list[TensorPlan], recipe: Recipe, config: dict[str, Any]) -> None:
+def _check_roles(tensors: list[TensorPlan], writer: CheckpointWriter, recipe: Recipe, config: dict[str, Any]) -> None:
     roles: dict[bool, set[Role]] = {True: set(), False: set()}
     for tensor in tensors:
         roles[tensor.spec is not None].add(role(tensor.name, tensor.shape, config))
-    check_model(recipe, roles[True], roles[False], config)
+    check_model(writer, recipe, roles[True], roles[False], config)
 
 
 def stored_tensors(tensor: TensorPlan, writer: CheckpointWriter) -> Layout:
@@ -267,11 +272,11 @@ def _plan_tensor(
     entry: TensorEntry, shard: str, checkpoint: Checkpoint, recipe: Recipe, spec: QuantSpec, writer: CheckpointWriter
 ) -> TensorPlan:
     kind = role(entry.name, entry.shape, checkpoint.config)
-    reason = _why_copied(entry, kind, recipe, spec, writer, checkpoint)
+    own = writer.tensor_spec(spec, entry.name, entry.shape, entry.dtype) if _solvable(entry) else spec
+    reason = _why_copied(entry, kind, recipe, own, writer, checkpoint)
     nbytes = tensor_nbytes(entry.dtype, entry.shape)
     tensor = TensorPlan(entry.name, entry.dtype, entry.shape, shard, "", None, reason or kind.value, nbytes, nbytes)
     if reason is None:
-        own = writer.tensor_spec(spec, entry.dtype)
         tensor = dataclasses.replace(tensor, spec=own, energy="none", preset=recipe.preset)
     return dataclasses.replace(tensor, nbytes_out=writer.container.nbytes(stored_tensors(tensor, writer)))
 
@@ -284,7 +289,7 @@ def _why_copied(
     if _named(module, recipe.skip_modules):
         return "skip_modules names it"
     asked = entry.name.endswith(".weight") and _named(module, recipe.include_modules)
-    if not asked and kind not in QUANTIZED:
+    if not asked and kind not in writer.quantized:
         return str(kind.value)
     reason = _obstacle(entry, kind, spec, writer)
     if asked and kind is Role.HEAD and ties_head(checkpoint.config):
@@ -296,13 +301,17 @@ def _why_copied(
 
 def _obstacle(entry: TensorEntry, kind: Role, spec: QuantSpec, writer: CheckpointWriter) -> str | None:
     """What keeps a tensor from being quantized, whoever asks."""
-    if DTYPES[entry.dtype] not in SOLVABLE_DTYPES:
+    if not _solvable(entry):
         return f"dtype {entry.dtype} is not solved"
     try:
         resolve_group_size(entry.shape, spec)
     except SpecError as error:
         return str(error)
     return writer.refusal(kind, entry.shape, spec)
+
+
+def _solvable(entry: TensorEntry) -> bool:
+    return DTYPES[entry.dtype] in SOLVABLE_DTYPES
 
 
 def _named(module: str, names: Iterable[str]) -> bool:

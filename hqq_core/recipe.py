@@ -29,6 +29,9 @@ class Recipe:
         Name of a writer in `hqq_core.formats.FORMATS`.
     nbits, group_size, axis
         As in QuantSpec.
+    type : str or None
+        Of format `gguf`: a file type as llama.cpp names it, such as Q4_K_M. Bits, group size and zero of each tensor follow from
+        it, and the defaults of those give way. None takes the one that `nbits` stands for.
     preset : {"fast", "balanced", "best"}
         How long the solver searches; docs/solver.md has what each costs and gains.
     zero : {"float", "offset", "int", "none"} or None
@@ -57,6 +60,7 @@ class Recipe:
     group_size: int | None = 64
     axis: int = 1
     zero: ZeroMode | None = None
+    type: str | None = None
     preset: Preset = "balanced"
     energy: EnergyMode = "auto"
     fold: bool = True
@@ -67,6 +71,7 @@ class Recipe:
     def __post_init__(self) -> None:
         require("format", self.format, isinstance(self.format, str), "the name of a format")
         require("zero", self.zero, self.zero is None or self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
+        require("type", self.type, self.type is None or _is_name(self.type), "the name of a file type, or null")
         require("preset", self.preset, self.preset in tuple(PRESETS), f"one of {tuple(PRESETS)}")
         require("energy", self.energy, self.energy in ENERGY_MODES, f"one of {ENERGY_MODES}")
         require("fold", self.fold, isinstance(self.fold, bool), "true or false")

@@ -45,11 +45,18 @@ def _errors(tensor: TensorResult) -> dict[str, Any]:
     }
 
 
+def _found(tensor: TensorResult) -> dict[str, Any]:
+    """What a report has of a quantized tensor: also what `halfquad verify` goes by."""
+    errors = _errors(tensor) | {"squared_error": tensor.squared_error, "squared_norm": tensor.squared_norm}
+    return {key: value for key, value in errors.items() if key != "name"} | {"digest": tensor.digest}
+
+
 def report_of(
     checkpoint: Checkpoint, plan: Plan, results: Sequence[ShardResult], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """What became of every tensor, why, and how well."""
-    errors = {tensor.name: _errors(tensor) for result in results for tensor in result.tensors}
+    found = {tensor.name: _found(tensor) for result in results for tensor in result.tensors}
+    found |= {tensor.name: {"digest": tensor.digest} for result in results for tensor in result.copied}
     tensors = [
         {
             "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
@@ -57,7 +64,7 @@ def report_of(
             "solver": tensor.solver, "preset": tensor.preset, "zero": tensor.spec.zero if tensor.spec else None,
             "energy": tensor.energy, "folded": list(tensor.folded), "correlated": tensor.correlated,
             "spec": tensor.spec.to_dict() if tensor.spec else None,
-            **{key: value for key, value in errors.get(tensor.name, {}).items() if key != "name"},
+            **found[tensor.name],
         }
         for tensor in plan.tensors
     ]  # fmt: skip

@@ -18,12 +18,31 @@ class ArtifactFile:
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """How well one tensor was quantized."""
+    """How well one tensor was quantized.
+
+    Parameters
+    ----------
+    name : str
+    numel : int
+    squared_error, squared_norm : float
+        As in QuantizedTensor.
+    digest : str
+        QuantizedTensor.digest() of what was solved.
+    """
 
     name: str
     numel: int
     squared_error: float
     squared_norm: float
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedTensor:
+    """A tensor that was not quantized; `digest` is the hex SHA-256 of what was written for it."""
+
+    name: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +52,7 @@ class ShardResult:
     index: int
     files: tuple[ArtifactFile, ...]
     tensors: tuple[TensorResult, ...]
+    copied: tuple[CopiedTensor, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -45,6 +65,7 @@ class ShardResult:
             fields["index"],
             tuple(ArtifactFile(**file) for file in fields["files"]),
             tuple(TensorResult(**tensor) for tensor in fields["tensors"]),
+            tuple(CopiedTensor(**tensor) for tensor in fields["copied"]),
         )
 
 
@@ -54,7 +75,7 @@ class Manifest:
 
     files: tuple[ArtifactFile, ...]
     metrics: dict[str, Any]
-    version: int = 1
+    version: int = 2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""

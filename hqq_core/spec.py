@@ -20,6 +20,10 @@ SCALE_DTYPES: tuple[str, ...] = get_args(ScaleDtype)
 VERSION = 1
 MAX_GROUP_SIZE = 1 << 31
 
+SUPER_BLOCK = 256  # weights whose scales share one float16
+# nbits, group_size, zero and scale_bits of ggml's K types, Q2_K to Q6_K.
+K_TYPES = ((2, 16, "offset", 4), (3, 16, "none", 6), (4, 32, "offset", 6), (5, 32, "offset", 6), (6, 16, "none", 8))
+
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
@@ -38,6 +42,12 @@ class QuantSpec:
         middle (symmetric).
     scale_dtype : {"float32", "float16", "bfloat16"}
         What scale and zero, or offset, are stored as; they are rounded to it before the codes are chosen.
+    scale_bits : int or None
+        Bits of the integers that scales (and offsets) are stored as within a super-block of 256 weights, as multiples of one
+        number of `scale_dtype` each; None: each scale is stored by itself. Goes with the settings in K_TYPES alone. Offsets are
+        then never positive; without offsets scales are signed.
+    signed : bool
+        With zero "none": a scale may be negative, so that the longer side of the codes meets the largest weight.
     iters : int
         Least-squares steps; 0 with one start is round to nearest.
     starts : int
@@ -63,6 +73,8 @@ class QuantSpec:
     axis: int = 1
     zero: ZeroMode = "float"
     scale_dtype: ScaleDtype = "float16"
+    scale_bits: int | None = None
+    signed: bool = False
     iters: int = 5
     starts: int = 8
     lp_norm: float = 2.0
@@ -77,12 +89,26 @@ class QuantSpec:
         require("axis", self.axis, _is_int(self.axis) and self.axis in (0, 1), "0 or 1")
         require("zero", self.zero, self.zero in ZERO_MODES, f"one of {ZERO_MODES}")
         require("scale_dtype", self.scale_dtype, self.scale_dtype in SCALE_DTYPES, f"one of {SCALE_DTYPES}")
+        self._require_super_blocks()
+        signs = isinstance(self.signed, bool) and (not self.signed or (self.zero == "none" and self.scale_bits is None))
+        require("signed", self.signed, signs, "false, or true where zero is 'none' and scale_bits is null")
         require("iters", self.iters, _is_int(self.iters) and 0 <= self.iters <= 1000, "an integer from 0 to 1000")
         require("starts", self.starts, _is_int(self.starts) and 1 <= self.starts <= 1000, "an integer from 1 to 1000")
         require("lp_norm", self.lp_norm, _is_real(self.lp_norm) and 0 < self.lp_norm <= 2, "above 0 and at most 2")
         require("beta", self.beta, _is_real(self.beta) and 0 < self.beta < 1e6, "a positive number")
         require("kappa", self.kappa, _is_real(self.kappa) and 1 <= self.kappa <= 10, "from 1 to 10")
         require("version", self.version, self.version == VERSION, f"{VERSION}, the only one so far")
+
+    def _require_super_blocks(self) -> None:
+        if self.scale_bits is None:
+            return
+        for field, wanted in (("axis", 1), ("scale_dtype", "float16"), ("lp_norm", 2)):
+            got = getattr(self, field)
+            require(field, got, got == wanted, f"{wanted} where scale_bits is set")
+        kind = (self.nbits, self.group_size, self.zero, self.scale_bits)
+        known = _is_int(self.scale_bits) and kind in K_TYPES
+        kinds = ", ".join(f"{bits} with nbits {n}, group_size {g}, zero {z!r}" for n, g, z, bits in K_TYPES)
+        require("scale_bits", self.scale_bits, known, f"null, {kinds}")
 
     @property
     def code_bits(self) -> int:

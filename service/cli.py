@@ -1,6 +1,6 @@
 """halfquad: one command. Data goes to stdout, talk to stderr; commands load what they need when they run.
 
-Exit codes: 0 done, 1 failed, also where the system refuses a file, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed (also a result that is not sound, or where the system refuses a file), 2 bad input, 130 interrupted.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from service.recipe_options import takes_recipe
+from service.recipe_options import takes_recipes
 
 if TYPE_CHECKING:
     from service.client import Client, Event
@@ -55,12 +55,12 @@ def main() -> NoReturn:
 
 def _exit_code(error: Exception) -> int | None:
     """What an error of ours, or of the system, ends the command with; None for a bug."""
-    from hqq_core.errors import HalfquadError, StorageFullError
+    from hqq_core.errors import HalfquadError, StorageFullError, VerificationError
     from service.client import HalfquadClientError, InvalidRequestError, NotFoundError
     from service.common.errors import ServiceError
 
     match error:
-        case StorageFullError():
+        case StorageFullError() | VerificationError():
             return 1
         case HalfquadError() | InvalidRequestError() | NotFoundError():
             return 2
@@ -165,29 +165,66 @@ def _become(module: str, *arguments: str) -> NoReturn:
 
 
 @app.command()
-@takes_recipe
+@takes_recipes
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint.")],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
-    recipe: dict[str, Any],
+    recipes: list[dict[str, Any]],
     threads: Annotated[int | None, typer.Option(min=1, help="Solver threads; all cores unless given.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint into a new folder; needs no service."""
+    """Quantize a checkpoint into a new folder, or for several formats into a folder each below it; needs no service."""
     from hqq_core.convert import quantize_checkpoint
+    from hqq_core.outputs import output_folders
     from hqq_core.recipe import Recipe
 
-    settings = Recipe.from_dict(recipe)
+    settings = [Recipe.from_dict(recipe) for recipe in recipes]
     with _bytes_bar(source.name) as report:
         progress = _stopping_on_signals(report)
-        (manifest,) = quantize_checkpoint(
-            source, output, settings, threads=threads or os.cpu_count() or 1, progress=progress
+        manifests = quantize_checkpoint(
+            source, output, *settings, threads=threads or os.cpu_count() or 1, progress=progress
         )
+    outputs = [
+        {"folder": folder, "format": recipe.format, **manifest.to_dict()}
+        for folder, recipe, manifest in zip(output_folders(settings), settings, manifests, strict=True)
+    ]
     if as_json:
-        _print_json({"output": str(output), **manifest.to_dict()})
-    else:
-        _print_metrics(manifest.metrics)
-        typer.echo(f"written to         {output}")
+        _print_json({"output": str(output), "outputs": outputs})
+        return
+    for made in outputs:
+        _print_metrics(made["metrics"])
+        typer.echo(f"{'written to':18} {output / made['folder']}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A result: of `quantize`, or downloaded from a job.")
+    ],
+    against: Annotated[Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made of.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores unless given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a result again and compare it with what was solved, and with its source; exits with 1 where it is not sound."""
+    from hqq_core.checkpoint import Checkpoint
+    from hqq_core.errors import VerificationError
+    from hqq_core.verify import verify_folder
+
+    source = Checkpoint.open(against) if against else None
+    try:
+        with _bytes_bar(folder.name) as report:
+            found = verify_folder(folder, source, threads=threads, progress=_stopping_on_signals(report))
+    except VerificationError as error:
+        if as_json:
+            _print_json({"sound": False, "name": error.name, "message": str(error)})
+        raise
+    if as_json:
+        _print_json({"sound": True, **found.to_dict()})
+        return
+    compared = f"and with {against}" if against else "(give --against SRC to compare with the source too)"
+    typer.echo(f"{'sound':18} {found.files} files, {found.nbytes / 1e6:.1f} MB")
+    typer.echo(f"{'quantized':18} {found.tensors_quantized} tensors, compared with what was solved {compared}")
+    typer.echo(f"{'copied':18} {found.tensors_copied} tensors")
 
 
 @app.command()
@@ -221,12 +258,12 @@ def _stopping_on_signals(report: Callable[[int, int], None]) -> Callable[[int, i
 
 
 @app.command()
-@takes_recipe
+@takes_recipes
 def submit(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint, as the service sees it.")
     ],
-    recipe: dict[str, Any],
+    recipes: list[dict[str, Any]],
     label: Annotated[list[str] | None, typer.Option(help="key:value; may be given again.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
@@ -236,7 +273,7 @@ def submit(
     with _client(url) as client:
         job = client.submit(
             source=os.path.abspath(source),
-            recipe=recipe,
+            **({"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}),
             labels=dict(_label(text) for text in label or ()),
         )
         if watch:
@@ -347,14 +384,20 @@ def _print_job(job: dict[str, Any], as_json: bool) -> None:
         "status": " ".join(filter(None, (job["status"], job["phase"] if job["status"] not in TERMINAL else ""))),
         "done": _percent(job),
         "source": job["source"]["path"],
-        "recipe": ", ".join(f"{name} {value}" for name, value in job["recipe"].items() if value not in (None, [])),
+        **{f"recipe {i}".removesuffix(" 0"): _settings_of(recipe) for i, recipe in enumerate(job["recipes"])},
         "error": job["error"] and f"{job['error']['code']}: {job['error']['message']}",
     }
     for name, value in lines.items():
         if value:
             typer.echo(f"{name:18} {value}")
-    if job["result"]:
-        _print_metrics(job["result"]["metrics"])
+    for output in (job["result"] or {"outputs": []})["outputs"]:
+        if output["folder"]:
+            typer.echo(f"{'folder':18} {output['folder']}")
+        _print_metrics(output["metrics"])
+
+
+def _settings_of(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in recipe.items() if value not in (None, []))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
@@ -367,9 +410,9 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
-    recipe, source = job["recipe"], job["source"]
+    formats, nbits = (",".join(dict.fromkeys(str(r[key]) for r in job["recipes"])) for key in ("format", "nbits"))
     created = job["created_at"].partition(".")[0]
-    return job["id"], job["status"], _percent(job), recipe["format"], str(recipe["nbits"]), created, source["path"]
+    return job["id"], job["status"], _percent(job), formats, nbits, created, job["source"]["path"]
 
 
 def _percent(job: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import structlog
 
 from hqq_core.errors import SpecError
-from hqq_core.formats import check_recipe, settled
+from hqq_core.formats import settled
+from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
 from service.common import outbox, repository
 from service.common.errors import (
@@ -75,13 +76,13 @@ def submit(service: Service, body: JobCreate, *, idempotency_key: str | None = N
     # before anything can be refused: what was answered once stands
     if idempotency_key is not None and (stored := _find_answer(service, idempotency_key, fingerprint)):
         return stored
-    recipe = _check_recipe(body.recipe)
+    recipes = _check_recipes(body.asked)
     service.roots.resolve(body.source.path)
     with service.database.write() as session:
         job = repository.insert_job(
             session,
             source=body.source.model_dump(),
-            recipe=recipe.to_dict(),
+            recipes=[recipe.to_dict() for recipe in recipes],
             labels=dict(body.labels),
             priority=body.priority,
             max_attempts=service.settings.max_attempts,
@@ -184,17 +185,26 @@ def draw(job: Job) -> dict[str, Any]:
     return JobBody.model_validate(job).model_dump(mode="json")
 
 
-def _check_recipe(body: RecipeBody) -> Recipe:
+def _check_recipes(asked: dict[str, RecipeBody]) -> list[Recipe]:
+    """The library's recipes; its refusal points at the field in the body."""
+    recipes = []
+    for place, body in asked.items():
+        try:
+            recipes.append(Recipe(**body.model_dump()))
+        except SpecError as error:
+            raise RecipeRefused(error.code, str(error), f"{place}/{error.field}") from error
     try:
-        recipe = Recipe(**body.model_dump())
-        check_recipe(recipe)
+        output_folders(recipes)
     except SpecError as error:
-        raise RecipeRefused(error.code, str(error), error.field) from error
-    return settled(recipe)
+        raise RecipeRefused(error.code, str(error), f"{list(asked)[error.recipe]}/{error.field}") from error
+    return [settled(recipe) for recipe in recipes]
 
 
 def _fingerprint(body: JobCreate) -> str:
-    canonical = json.dumps(body.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    recipes = [recipe.model_dump(mode="json") for recipe in body.asked.values()]
+    meant = body.model_dump(mode="json", exclude={"recipe", "recipes"})
+    meant |= {"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}  # one is one, however it was said
+    canonical = json.dumps(meant, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

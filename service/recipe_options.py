@@ -1,4 +1,4 @@
-"""The recipe's options, for every command that takes them: one parameter of `recipe` each."""
+"""The recipe's options, for every command that takes them: one parameter of `recipes` each."""
 
 import functools
 import inspect
@@ -8,14 +8,19 @@ from typing import Annotated, Any
 import typer
 
 
-def recipe(
+def recipes(
     nbits: Annotated[float | None, typer.Option(help="Bits per weight: 1 to 8, or 1.58.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help='Weights that share one scale, or "none" for a whole channel.')
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Format of the result.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="Format of the result; may be given again, for a folder of each.")
+    ] = None,
     axis: Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")] = None,
     zero: Annotated[str | None, typer.Option(help="float, offset, int or none; the format's own unless given.")] = None,
+    type: Annotated[
+        str | None, typer.Option(help="File type of format gguf as llama.cpp names it: Q4_K_M, Q8_0, ...")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
     energy: Annotated[
         str | None, typer.Option(help="What weights the columns: auto, synthetic, analytic or none.")
@@ -28,13 +33,13 @@ def recipe(
     max_shard_nbytes: Annotated[
         int | None, typer.Option(help="Size limit of one file of the result, in bytes.")
     ] = None,
-) -> dict[str, Any]:
-    """Only what was given: defaults are the recipe's business."""
+) -> list[dict[str, Any]]:
+    """A recipe for each format, with only what was given: defaults are the recipe's business."""
     given = {
         "nbits": int(nbits) if nbits is not None and nbits.is_integer() else nbits,
-        "format": format,
         "axis": axis,
         "zero": zero,
+        "type": type,
         "preset": preset,
         "energy": energy,
         "fold": fold,
@@ -45,20 +50,20 @@ def recipe(
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if group_size is not None:
         fields["group_size"] = None if group_size == "none" else _integer(group_size)
-    return fields
+    return [{**fields, "format": name} for name in format] if format else [fields]
 
 
-def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `recipe` in place of its parameter `recipe`."""
+def takes_recipes(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `recipes` in place of its parameter `recipes`."""
     own = inspect.signature(command).parameters
-    options = inspect.signature(recipe).parameters
+    options = inspect.signature(recipes).parameters
     merged: dict[str, inspect.Parameter] = {}
     for name, parameter in own.items():
-        merged |= options if name == "recipe" else {name: parameter}
+        merged |= options if name == "recipes" else {name: parameter}
 
     @functools.wraps(command)
     def with_options(**values: Any) -> None:
-        command(recipe=recipe(**{name: values.pop(name) for name in options}), **values)
+        command(recipes=recipes(**{name: values.pop(name) for name in options}), **values)
 
     with_options.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
     with_options.__annotations__ = {name: parameter.annotation for name, parameter in merged.items()}

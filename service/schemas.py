@@ -13,7 +13,10 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StringConstraints,
+    ValidationInfo,
+    field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from hqq_core.recipe import DEFAULT_MAX_SHARD_NBYTES
 from service.common.status import JobStatus, Phase
@@ -63,6 +66,8 @@ class RecipeBody(RequestBody):
     axis: StrictInt = 1
     zero: Literal["float", "offset", "int", "none"] | None = None
     """Null: what the format holds best."""
+    type: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    """Of format gguf: a file type as llama.cpp names it, such as Q4_K_M, which bits, group size and zero follow from."""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """How long the solver searches."""
     energy: Literal["auto", "synthetic", "analytic", "none"] = "auto"
@@ -76,10 +81,27 @@ class RecipeBody(RequestBody):
 
 class JobCreate(RequestBody):
     source: FolderSource
-    recipe: RecipeBody = RecipeBody()
+    recipe: RecipeBody | None = None
+    """What to make of it; without one, a recipe of defaults."""
+    recipes: Annotated[list[RecipeBody], Field(min_length=1, max_length=8)] | None = None
+    """Several at once, each with a folder of its own; in place of `recipe`."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = {}
     priority: Annotated[StrictInt, Field(ge=0, le=9)] = 5
     """Higher runs first."""
+
+    @field_validator("recipes")
+    @classmethod
+    def _alone(cls, recipes: list[RecipeBody] | None, info: ValidationInfo) -> list[RecipeBody] | None:
+        if recipes is not None and info.data.get("recipe") is not None:
+            raise PydanticCustomError("conflict", "recipe and recipes exclude each other")
+        return recipes
+
+    @property
+    def asked(self) -> dict[str, RecipeBody]:
+        """The recipes, by where they stand in the body."""
+        if self.recipes is None:
+            return {"/recipe": self.recipe or RecipeBody()}
+        return {f"/recipes/{index}": recipe for index, recipe in enumerate(self.recipes)}
 
 
 class JobQuery(RequestBody):
@@ -147,9 +169,19 @@ class Artifact(ResponseBody):
     sha256: str
 
 
-class JobResult(ResponseBody):
-    artifacts: list[Artifact]
+class Output(ResponseBody):
+    """What one recipe gave."""
+
+    folder: str
+    """Where its artifacts are; empty where the job has one recipe."""
+    format: str
     metrics: dict[str, Any]
+
+
+class JobResult(ResponseBody):
+    outputs: list[Output]
+    """One for each recipe."""
+    artifacts: list[Artifact]
 
 
 class JobBody(ResponseBody):
@@ -161,7 +193,7 @@ class JobBody(ResponseBody):
     max_attempts: int
     progress: Progress | None
     source: dict[str, Any]
-    recipe: dict[str, Any]
+    recipes: list[dict[str, Any]]
     priority: int
     labels: dict[str, str]
     error: JobErrorBody | None
@@ -221,6 +253,8 @@ class FormatBody(ResponseBody):
     whole_channel: bool
     """`group_size` null is held too."""
     axes: list[int]
+    types: list[str]
+    """What a recipe may give as its type, which the other settings follow from."""
     exactness: str
     runtimes: list[RuntimeBody]
     lossless: bool

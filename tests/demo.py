@@ -98,7 +98,7 @@ def download(client: Client, job: dict[str, Any]) -> None:
 
 
 def show(job: dict[str, Any]) -> None:
-    metrics, durations = job["result"]["metrics"], job["durations"]
+    metrics, durations = job["result"]["outputs"][0]["metrics"], job["durations"]
     print("4. What it says of itself")
     print(f"   source {metrics['nbytes_in'] / 1e6:.1f} MB, result {metrics['nbytes_out'] / 1e6:.1f} MB")
     print(f"   {metrics['tensors_quantized']} tensors quantized, {metrics['tensors_copied']} copied")
@@ -117,7 +117,7 @@ def show_energies(job: dict[str, Any]) -> None:
     report = json.loads((RESULT / "halfquad_report.json").read_text())
     sources = Counter(tensor["energy"] for tensor in report["tensors"] if tensor["spec"])
     said = ", ".join(f"{source} for {count} tensors" for source, count in sources.most_common())
-    print(f"   preset {job['recipe']['preset']}; input energy {said}")
+    print(f"   preset {job['recipes'][0]['preset']}; input energy {said}")
 
 
 def judge(source: Path) -> None:

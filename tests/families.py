@@ -60,6 +60,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
 }
 
+OTHERS: dict[str, dict[str, Any]] = {"gemma": {}}  # not profiled here
 
 TRAINED_TERNARY: dict[str, dict[str, Any]] = {"bitnet": {}}
 
@@ -68,9 +69,8 @@ def build(family: str, seed: int = 0, **changes: Any) -> Any:
     """A seeded random model of a family, in float32: with head, but for encoders and speech."""
     import transformers
 
-    own = (
-        FAMILIES[family] if family in ("whisper", "gpt2") else _SMALL | (FAMILIES | MIXTURES | TRAINED_TERNARY)[family]
-    )
+    settings = FAMILIES | MIXTURES | OTHERS | TRAINED_TERNARY
+    own = settings[family] if family in ("whisper", "gpt2") else _SMALL | settings[family]
     if family == "gpt2":
         own = own | {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(family, **own | changes)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.errors import CheckpointError
 from hqq_core.formats.container import Finished, Layout, Part
 from hqq_core.formats.hqq import HqqWriter
 from hqq_core.results import ArtifactFile
@@ -66,10 +65,6 @@ class OneFile:
 
     def open(self, path: Path, tensors: Layout) -> RawPart:
         return RawPart(path, tensors)
-
-    def check(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path.name}: gone")
 
     def finish(self, checkpoint: Checkpoint, parts: Sequence[Part], folder: Path) -> Finished:
         def pieces() -> Iterator[bytes]:

@@ -158,3 +158,38 @@ def compressed_tensors_weights(folder: Path) -> dict[str, torch.Tensor]:
         }
         weights[module] = compressor.decompress(state, scheme)["weight"]
     return weights
+
+
+def gguf_model(folder: Path):
+    """The model of a folder in format `gguf`, dequantized by transformers to float32."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).eval()
+
+
+def gguf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of `model.gguf` by their GGUF names, dequantized by the gguf library to float32."""
+    from gguf import GGUFReader, dequantize
+
+    return {
+        tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type).copy()).view(
+            *map(int, tensor.shape[::-1])
+        )
+        for tensor in GGUFReader(folder / "model.gguf").tensors
+    }
+
+
+def gguf_keys(folder: Path) -> dict[str, object]:
+    """Keys of `model.gguf`, read by the gguf library."""
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(folder / "model.gguf").fields.items()}
+
+
+def gguf_types(folder: Path) -> dict[str, str]:
+    """Type of each tensor of `model.gguf`, in ggml's words."""
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(folder / "model.gguf").tensors}

@@ -38,3 +38,17 @@ def dequantized(
 ) -> dict[str, torch.Tensor]:
     """The same as weights, in the source's own type unless the reader's `arithmetic` is another."""
     return {module: tensor.dequantize(arithmetic) for module, tensor in solved(folder, recipe, energies)}
+
+
+def stored_as(folder: Path, recipe: Recipe, energies: Energies | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of a model as a conversion makes it, by its source name, in float32: solved, folded or left as it was."""
+    checkpoint = Checkpoint.open(folder)
+    energies = energies or profile(checkpoint, recipe.energy if recipe.weighted else "none")
+    tensors = {}
+    for shard in build_plan(checkpoint, recipe).with_energies(energies).shards:
+        weighting = Weighting.of(shard, energies)
+        with checkpoint.shard(shard.file) as reader:
+            tensors |= {t.name: reader.read(t.name).float() for t in shard.tensors if t.spec is None}
+        tensors |= {name: value.float() for name, value in weighting.values.items()}
+    weights = dequantized(folder, recipe, energies, torch.float32)
+    return tensors | {f"{module}.weight": weight for module, weight in weights.items()}

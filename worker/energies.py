@@ -1,7 +1,7 @@
 """The input energies of a job's source: measured, in a thread of their own, or found in the cache."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +21,11 @@ _aside = ThreadPoolExecutor(1, thread_name_prefix="energies")
 
 
 def obtain(
-    checkpoint: Checkpoint, plan: Plan, path: Path, cache: EnergyCache, heartbeat: Heartbeat
+    checkpoint: Checkpoint, plans: Sequence[Plan], path: Path, cache: EnergyCache, heartbeat: Heartbeat
 ) -> tuple[Energies, bool]:
-    """The energies that a plan's recipe asks for, also saved at `path`, and whether an earlier job had left them."""
-    mode, correlated = plan.recipe.energy, plan.recipe.correlated
+    """The energies that a job's recipes ask for, also saved at `path`, and whether an earlier job had left them."""
+    mode = next(plan.recipe.energy for plan in plans if plan.recipe.weighted)  # on which they agree
+    correlated = any(plan.recipe.correlated for plan in plans)
     kind = f"{mode}, correlated" if correlated else mode
     before = _state(checkpoint)
     discard_temporaries(path)
@@ -33,7 +34,7 @@ def obtain(
         return found, True
 
     def progress(nbytes: int) -> None:
-        heartbeat.progress(plan.nbytes_in + nbytes)
+        heartbeat.progress(plans[0].nbytes_in + nbytes)
 
     beside = temporary_path(path) if correlated else None
     energies = _stoppable(lambda: profile(checkpoint, mode, correlations=beside, progress=progress), heartbeat)

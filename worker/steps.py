@@ -6,20 +6,21 @@ Every step may run twice with the same result; no transaction is open while one 
 import errno
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
 from hqq_core import convert
-from hqq_core.checkpoint import MANIFEST
+from hqq_core.checkpoint import MANIFEST, Checkpoint
 from hqq_core.energy import Energies
-from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError
-from hqq_core.plan import Plan, ShardPlan, build_plan
+from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError, VerificationError
+from hqq_core.plan import Plan, build_plans
 from hqq_core.recipe import Recipe
-from hqq_core.results import ArtifactFile, ShardResult
+from hqq_core.results import ArtifactFile, Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from hqq_core.weighting import Weighting
 from service.common import outbox, repository
@@ -33,6 +34,7 @@ from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat, Stop
 from worker.reaper import discard_files
 from worker.sources import open_source
+from worker.verification import verification
 from worker.workplace import Workplace
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -113,74 +115,105 @@ def _failed(workplace: Workplace, claim: Claim, error: Exception) -> Job:
 
 
 def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """From headers alone: what becomes of every tensor, and whether there is room for it."""
+    """From headers alone: what each recipe makes of every tensor, and whether there is room for all of it."""
     checkpoint = open_source(claim.source, workplace.roots)
-    plan = build_plan(checkpoint, Recipe.from_dict(claim.recipe))
-    workplace.store.check_room(plan.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
+    plans = build_plans(checkpoint, _recipes(claim))
+    _check_room(workplace, sum(plan.nbytes_out for plan in plans) + max(plan.finish_nbytes for plan in plans))
     workplace.store.create(claim.job_id)
-    workplace.store.write_plan(claim.job_id, plan.to_dict())
+    _write_plans(workplace, claim, plans, profiled=False)
     with workplace.database.write() as session:
-        return repository.plan_succeeded(session, claim, _shards(plan), profile=plan.recipe.weighted)
+        return repository.plan_succeeded(session, claim, _shards(plans), profile=_weighted(claim))
 
 
 def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """The input energies, and the plan that says which tensor has which."""
+    """The input energies, and the plans that say which tensor has which."""
     store, settings = workplace.store, workplace.settings
-    plan = _read_plan(workplace, claim, profiled=False)
+    plans = _read_plans(workplace, claim, profiled=False)
     checkpoint = open_source(claim.source, workplace.roots)
     cache = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
-    found, cached = energies.obtain(checkpoint, plan, store.energies(claim.job_id), cache, heartbeat)
-    plan = plan.with_energies(found)
-    store.write_plan(claim.job_id, plan.to_dict(), profiled=True)
-    counts = Counter(tensor.energy or "none" for tensor in plan.tensors if tensor.spec)
+    found, cached = energies.obtain(checkpoint, plans, store.energies(claim.job_id), cache, heartbeat)
+    plans = [plan.with_energies(found) for plan in plans]
+    for plan in plans:
+        convert.write_folding(plan, found, store.output(claim.job_id))
+    _write_plans(workplace, claim, plans, profiled=True)
+    weighted = (tensor for plan in plans if plan.recipe.weighted for tensor in plan.tensors if tensor.spec)
+    counts = Counter({tensor.name: tensor.energy or "none" for tensor in weighted}.values())
     said = ", ".join(f"{count} {source}" for source, count in counts.most_common())
     about = {"energy": dict(counts), "cached": cached, "note": found.note}
     logger.info("Input energies are there.", action="energies_ready", **about)
     message = f"input energies of the tensors to quantize: {said}{', cached' if cached else ''}"
     with workplace.database.write() as session:
         entry = log_data("energies_ready", message, **about)
-        return repository.profile_succeeded(session, claim, _shards(plan), entry)
+        return repository.profile_succeeded(session, claim, _shards(plans), entry)
 
 
 def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """One input shard, solved and written."""
-    plan = _final_plan(workplace, claim)
-    shard = plan.shards[claim.index]
-    weighting = _read_energies(workplace, claim, shard) if plan.recipe.weighted else None
+    """One input shard, read once, solved and written for each plan."""
+    plans = _final_plans(workplace, claim)
+    weighting = _read_energies(workplace, claim, plans) if _weighted(claim) else None
     checkpoint = open_source(claim.source, workplace.roots)
-    workplace.store.check_room(shard.nbytes_out, reserve_nbytes=workplace.settings.min_free_nbytes)
-    (result,) = convert.quantize_shard(
+    _check_room(workplace, sum(plan.shards[claim.index].nbytes_out for plan in plans))
+    results = convert.quantize_shard(
         checkpoint,
-        [plan],
+        plans,
         claim.index,
         workplace.store.output(claim.job_id),
         weighting,
         threads=workplace.settings.threads,
         progress=heartbeat.progress,
     )
-    nbytes_out = sum(file.nbytes for file in result.files)
+    nbytes_out = sum(file.nbytes for result in results for file in result.files)
     with workplace.database.write() as session:
-        return repository.shard_succeeded(session, claim, result.to_dict(), nbytes_out=nbytes_out)
+        made = {"outputs": [result.to_dict() for result in results]}
+        return repository.shard_succeeded(session, claim, made, nbytes_out=nbytes_out)
 
 
 def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """Every written byte read once more; then index, config, report and, last, the manifest."""
-    plan = _final_plan(workplace, claim)
-    output = workplace.store.output(claim.job_id)
-    with workplace.database.read() as session:
-        results = [ShardResult.from_dict(result) for result in repository.shard_results(session, claim.job_id)]
-    before = 0
-    for result in results:
-        _verify(plan, result, output, before, heartbeat)
-        before += sum(file.nbytes for file in result.files)
+    """What completes each plan's folder; then all of it read again and held against the source; last in each, its manifest."""
+    plans = _final_plans(workplace, claim)
     checkpoint = open_source(claim.source, workplace.roots)
-    manifest = convert.finish_checkpoint(checkpoint, plan, results, output)
-    written = output / MANIFEST
-    last = ArtifactFile(written.name, written.stat().st_size, sha256_file(written))
-    artifacts = [asdict(file) for file in (*manifest.files, last)]
+    with workplace.database.read() as session:
+        shards = [result["outputs"] for result in repository.shard_results(session, claim.job_id)]
+    artifacts, outputs, before = [], [], 0
+    for plan, own in zip(plans, zip(*shards, strict=True), strict=True):
+        results = [ShardResult.from_dict(result) for result in own]
+        output = workplace.store.output(claim.job_id)
+        manifest = _finish(workplace, checkpoint, plan, results, output, _after(before, heartbeat.progress))
+        before += sum(file.nbytes for result in results for file in result.files)
+        artifacts += _artifacts(plan, manifest, output)
+        outputs.append({"folder": plan.folder, "format": plan.recipe.format, "metrics": manifest.metrics})
     workplace.store.energies(claim.job_id).unlink(missing_ok=True)  # no finish needs them, this one or its next start
     with workplace.database.write() as session:
-        return repository.finish_succeeded(session, claim, artifacts=artifacts, metrics=manifest.metrics)
+        return repository.finish_succeeded(session, claim, artifacts=artifacts, outputs=outputs)
+
+
+def _finish(
+    workplace: Workplace,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    results: list[ShardResult],
+    output: Path,
+    progress: Callable[[int], None],
+) -> Manifest:
+    """One folder; where an earlier start has come to its manifest, only what it names is read once more."""
+    nbytes = sum(file.nbytes for result in results for file in result.files)
+    try:
+        once_more = convert.finished(plan, output, progress=lambda nbytes_done: progress(min(nbytes_done, nbytes)))
+        if once_more is not None:
+            return once_more
+        _check_room(workplace, plan.finish_nbytes)
+        check = verification(checkpoint, nbytes, threads=workplace.settings.threads, progress=progress)
+        return convert.finish_checkpoint(checkpoint, plan, results, output, check=check)
+    except VerificationError as error:
+        raise ResultDamaged(f"what was written is not what was solved: {error}") from error
+
+
+def _artifacts(plan: Plan, manifest: Manifest, output: Path) -> list[dict[str, Any]]:
+    """Every file of a folder, under its name in the job's."""
+    path = output / plan.folder / MANIFEST
+    last = ArtifactFile(path.name, path.stat().st_size, sha256_file(path))
+    prefix = f"{plan.folder}/" if plan.folder else ""
+    return [{**asdict(file), "name": prefix + file.name} for file in (*manifest.files, last)]
 
 
 STEPS: dict[UnitKind, Callable[[Workplace, Claim, Heartbeat], Job]] = {
@@ -191,38 +224,55 @@ STEPS: dict[UnitKind, Callable[[Workplace, Claim, Heartbeat], Job]] = {
 }
 
 
-def _shards(plan: Plan) -> list[ShardWork]:
-    return [ShardWork(shard.index, shard.nbytes_in) for shard in plan.shards]
+def _recipes(claim: Claim) -> list[Recipe]:
+    return [Recipe.from_dict(recipe) for recipe in claim.recipes]
 
 
-def _final_plan(workplace: Workplace, claim: Claim) -> Plan:
-    """What shards and finish go by: the profile's plan, where the job has a profile."""
-    return _read_plan(workplace, claim, profiled=Recipe.from_dict(claim.recipe).weighted)
+def _weighted(claim: Claim) -> bool:
+    """Whether the job has a profile."""
+    return any(recipe.weighted for recipe in _recipes(claim))
 
 
-def _read_plan(workplace: Workplace, claim: Claim, *, profiled: bool) -> Plan:
+def _shards(plans: Sequence[Plan]) -> list[ShardWork]:
+    """The source's, the same in each plan."""
+    return [ShardWork(shard.index, shard.nbytes_in) for shard in plans[0].shards]
+
+
+def _check_room(workplace: Workplace, nbytes: int) -> None:
+    workplace.store.check_room(nbytes, reserve_nbytes=workplace.settings.min_free_nbytes)
+
+
+def _write_plans(workplace: Workplace, claim: Claim, plans: Sequence[Plan], *, profiled: bool) -> None:
+    stored = {"plans": [plan.to_dict() for plan in plans]}
+    workplace.store.write_plan(claim.job_id, stored, profiled=profiled)
+
+
+def _final_plans(workplace: Workplace, claim: Claim) -> list[Plan]:
+    """What shards and finish go by: the profile's plans, where the job has a profile."""
+    return _read_plans(workplace, claim, profiled=_weighted(claim))
+
+
+def _read_plans(workplace: Workplace, claim: Claim, *, profiled: bool) -> list[Plan]:
     try:
-        return Plan.from_dict(workplace.store.read_plan(claim.job_id, profiled=profiled))
-    except (FileNotFoundError, CheckpointError) as error:
+        stored = workplace.store.read_plan(claim.job_id, profiled=profiled)
+        return [Plan.from_dict(plan) for plan in stored["plans"]]
+    except (FileNotFoundError, CheckpointError, KeyError) as error:
         raise ResultDamaged(
             "the job's plan is gone, or another version of Halfquad made it: submit the job again"
         ) from error
 
 
-def _read_energies(workplace: Workplace, claim: Claim, shard: ShardPlan) -> Energies:
+def _read_energies(workplace: Workplace, claim: Claim, plans: Sequence[Plan]) -> Energies:
     """What the profile left for the tensors of a shard; where it is not what was planned, that is nobody's fault but ours."""
+    shards = [plan.shards[claim.index] for plan in plans if plan.recipe.weighted]
     try:
-        found = Energies.load(workplace.store.energies(claim.job_id), [tensor.name for tensor in shard.tensors])
-        Weighting.of(shard, found)
+        found = Energies.load(workplace.store.energies(claim.job_id), [tensor.name for tensor in shards[0].tensors])
+        for shard in shards:
+            Weighting.of(shard, found)
     except (EnergyError, OSError) as error:
         raise ResultDamaged(ENERGIES_DAMAGED) from error
     return found
 
 
-def _verify(plan: Plan, result: ShardResult, output: Path, before: int, heartbeat: Heartbeat) -> None:
-    try:
-        convert.verify_shard(
-            plan, result, output, progress=lambda nbytes_done: heartbeat.progress(before + nbytes_done)
-        )
-    except CheckpointError as error:
-        raise ResultDamaged(f"what was written is not what was solved: {error}") from error
+def _after(before: int, progress: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda nbytes_done: progress(before + nbytes_done)

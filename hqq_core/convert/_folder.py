@@ -1,16 +1,17 @@
-"""One output's folder: shards read back, and the files that make it a checkpoint."""
+"""One output's folder: the files that make it a checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hqq_core.architectures import Role, with_older_names
 from hqq_core.checkpoint import CONFIG, MANIFEST, REPORT, Checkpoint
 from hqq_core.convert._progress import Counter, Progress
-from hqq_core.errors import CheckpointError
+from hqq_core.errors import VerificationError
+from hqq_core.folding import folding_files
 from hqq_core.formats import writer_of
 from hqq_core.formats.container import Layout, Part
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
@@ -26,27 +27,12 @@ WITH_POINTERS_TO_CODE = (
 )
 
 
-def verify_shard(plan: Plan, result: ShardResult, output: Path, *, progress: Progress | None = None) -> None:
-    """Read back what one plan made of a shard: headers sound, bytes as they were when written.
-
-    Raises
-    ------
-    CheckpointError
-        Names the file.
-    """
-    folder, container, done = output / plan.folder, writer_of(plan.recipe).container, Counter(progress)
-    for file in result.files:
-        _check_there(file, folder)
-        container.check(folder / file.name)
-        _check_hash(file, folder, done)
-
-
 def finished(plan: Plan, output: Path, *, progress: Progress | None = None) -> Manifest | None:
     """The manifest that an earlier run left, with its files read back; None where there is none, and all is still to do.
 
     Raises
     ------
-    CheckpointError
+    VerificationError
         Names a file that is not as it was when written.
     """
     folder, done = output / plan.folder, Counter(progress)
@@ -62,16 +48,23 @@ def finished(plan: Plan, output: Path, *, progress: Progress | None = None) -> M
 
 def _check_there(file: ArtifactFile, folder: Path) -> None:
     if not (folder / file.name).is_file():
-        raise CheckpointError(f"{file.name}: written before, but gone")
+        raise VerificationError(file.name, "written before, but gone")
 
 
 def _check_hash(file: ArtifactFile, folder: Path, done: Counter) -> None:
     digest = sha256_file(folder / file.name, done.add)
     if digest != file.sha256:
-        raise CheckpointError(f"{file.name}: sha256 {digest}: wanted {file.sha256}, as when it was written")
+        raise VerificationError(file.name, f"sha256 {digest}: wanted {file.sha256}, as when it was written")
 
 
-def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: Sequence[ShardResult], output: Path) -> Manifest:
+def finish_checkpoint(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    results: Sequence[ShardResult],
+    output: Path,
+    *,
+    check: Callable[[Path, Manifest], None] | None = None,
+) -> Manifest:
     """Write what joins the shards, config, carried files and report beside them, and the manifest last.
 
     Parameters
@@ -81,11 +74,18 @@ def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: Sequence[Shar
     results : sequence of ShardResult
         This plan's, one for each of `plan.shards`, in any order.
     output : Path
-        The job's folder, which the plan's lies in.
+        The job's folder, which the plan's lies in. Where weights were folded, `write_folding` wrote there.
+    check : callable, optional
+        Gets the plan's folder when all else is there, and the manifest to be; where it raises, none is written.
 
     Returns
     -------
     Manifest
+
+    Raises
+    ------
+    VerificationError
+        A file is gone that was written before.
     """
     results = sorted(results, key=lambda result: result.index)
     assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
@@ -95,13 +95,18 @@ def finish_checkpoint(checkpoint: Checkpoint, plan: Plan, results: Sequence[Shar
     layouts: dict[str, Layout] = {file.name: [] for result in results for file in result.files}
     for tensor in plan.tensors:
         layouts[tensor.file] += stored_tensors(tensor, writer)
+    for file in (file for result in results for file in result.files):
+        _check_there(file, folder)
     parts = [Part(file, layouts[file.name]) for result in results for file in result.files]
     weights, beside = writer.container.finish(checkpoint, parts, folder)
     metrics = metrics_of(plan, results, weights)
-    files = [*weights, *beside, *(_carry(checkpoint, name, folder) for name in plan.carried)]
+    carried = (_carry(checkpoint, name, folder) for name in plan.carried)
+    files = [*weights, *beside, *carried, *folding_files(plan, folder)]
     ours = {CONFIG: _config(checkpoint, plan), REPORT: report_of(checkpoint, plan, results, metrics)}
     files += [ArtifactFile(name, *write_json(folder / name, value)) for name, value in ours.items()]
     manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
+    if check:
+        check(folder, manifest)
     write_json(folder / MANIFEST, manifest.to_dict())
     _remove_parts(plan, manifest, folder)
     return manifest

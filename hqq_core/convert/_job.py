@@ -12,6 +12,7 @@ from hqq_core.convert._progress import JobProgress, progress_from
 from hqq_core.convert._shard import quantize_shard
 from hqq_core.energy import Energies, profile
 from hqq_core.errors import CheckpointError
+from hqq_core.folding import write_folding
 from hqq_core.plan import Plan, build_plans
 from hqq_core.recipe import Recipe
 from hqq_core.results import Manifest
@@ -55,6 +56,8 @@ def quantize_checkpoint(
     try:
         energies, profiled = _profile(checkpoint, plans, output, progress)
         plans = tuple(plan.with_energies(energies) for plan in plans)
+        for plan in plans:
+            write_folding(plan, energies, output)
         nbytes_in, before, results = plans[0].nbytes_in, profiled, []
         for shard in plans[0].shards:
             report = progress_from(before, profiled + nbytes_in, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hqq_core.energy import Energies
 from hqq_core.formats import writer_of
 from hqq_core.formats.container import Layout, PartWriter
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
-from hqq_core.results import ArtifactFile, ShardResult, TensorResult
+from hqq_core.results import ArtifactFile, CopiedTensor, ShardResult, TensorResult
 from hqq_core.safetensors_file import discard_temporaries
 from hqq_core.tensors import QuantizedTensor
 from hqq_core.weighting import Weighting
@@ -48,6 +49,7 @@ class ShardOutput:
         self._name, self._part = "", None  # type: str, PartWriter | None
         self._files: list[ArtifactFile] = []
         self._tensors: list[TensorResult] = []
+        self._copied: list[CopiedTensor] = []
 
     def encodes(self, tensor: TensorPlan) -> bool:
         """Whether a copied tensor is wanted whole, to be stored otherwise than it is."""
@@ -61,20 +63,30 @@ class ShardOutput:
         """A whole tensor that is not quantized."""
         stored = self.writer.encode_copied(tensor.name, value) if self.encodes(tensor) else {tensor.name: value}
         self._write(tensor, stored)
+        digest = hashlib.sha256()
+        for part in stored.values():
+            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        self.note(CopiedTensor(tensor.name, digest.hexdigest()))
 
     def fold(self, tensor: TensorPlan) -> None:
         """A tensor that takes up a fold and is not quantized: its values as they become."""
         self.copy(tensor, self.weighting.values[tensor.name])
 
-    def quantized(self, tensor: TensorPlan, quantized: QuantizedTensor, result: TensorResult) -> None:
+    def quantized(self, tensor: TensorPlan, quantized: QuantizedTensor) -> None:
         """A tensor as it was solved."""
         self._write(tensor, self.writer.encode(tensor.module, quantized))
-        self._tensors.append(result)
+
+    def note(self, result: TensorResult | CopiedTensor) -> None:
+        """What is to be said of a tensor that was written."""
+        if isinstance(result, TensorResult):
+            self._tensors.append(result)
+        else:
+            self._copied.append(result)
 
     def close(self) -> ShardResult:
         """All is there."""
         self._close_part()
-        return ShardResult(self._index, tuple(self._files), tuple(self._tensors))
+        return ShardResult(self._index, tuple(self._files), tuple(self._tensors), tuple(self._copied))
 
     def discard(self) -> None:
         """Leave nothing half written behind."""

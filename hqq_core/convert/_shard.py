@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +18,7 @@ from hqq_core.convert._progress import Counter, Progress
 from hqq_core.energy import Energies
 from hqq_core.errors import CheckpointError
 from hqq_core.plan import Plan, ShardPlan, TensorPlan
-from hqq_core.results import ShardResult, TensorResult
+from hqq_core.results import CopiedTensor, ShardResult, TensorResult
 from hqq_core.tensors import QuantizedTensor
 
 Work = list[tuple[ShardOutput, TensorPlan]]  # one tensor, as each plan has it
@@ -63,7 +65,7 @@ def quantize_shard(
     """
     shards = [plan.shards[index] for plan in plans]
     done = Counter(progress)
-    with checkpoint.shard(shards[0].file) as reader, ThreadPoolExecutor(1) as ahead, ExitStack() as on_error:
+    with checkpoint.shard(shards[0].file) as reader, ThreadPoolExecutor(2) as aside, ExitStack() as on_error:
         for shard in shards:
             _check_unchanged(reader, shard)
         outputs = [ShardOutput(checkpoint, plan, index, output, energies) for plan in plans]
@@ -72,10 +74,10 @@ def quantize_shard(
         tensors = [
             list(zip(outputs, planned, strict=True)) for planned in zip(*(s.tensors for s in shards), strict=True)
         ]
-        weights = _read_ahead(reader, [work[0][1].name for work in tensors if _whole(work)], ahead)
+        weights = _read_ahead(reader, [work[0][1].name for work in tensors if _whole(work)], aside)
         for work in tensors:
             if _whole(work):
-                _convert(work, next(weights), threads, done)
+                _convert(work, next(weights), threads, done, aside)
             else:
                 _copy(work, reader, done)
         results = tuple(opened.close() for opened in outputs)
@@ -109,27 +111,37 @@ def _copy(work: Work, reader: ShardReader, done: Counter) -> None:
     _fold(work)
     as_it_is = [(output, tensor) for output, tensor in work if not tensor.folded]
     name, nbytes = work[0][1].name, work[0][1].nbytes_in
+    digest = hashlib.sha256()
     for piece in reader.pieces(name) if as_it_is else ():
+        digest.update(piece)
         for output, tensor in as_it_is:
             output.append(tensor, piece)
         done.add(len(piece))
+    for output, _ in as_it_is:
+        output.note(CopiedTensor(name, digest.hexdigest()))
     if not as_it_is:
         done.add(nbytes)
 
 
-def _convert(work: Work, W: torch.Tensor, threads: int | None, done: Counter) -> None:
-    """A tensor in memory: copies of it first, then what is solved, one result at a time."""
+def _convert(work: Work, W: torch.Tensor, threads: int | None, done: Counter, aside: ThreadPoolExecutor) -> None:
+    """A tensor in memory: copies of it first, then what is solved, one result at a time, hashed while it is written."""
     _fold(work)
     for output, tensor in work:
         if tensor.spec is None and not tensor.folded:
             output.copy(tensor, W)
-    problems = list(dict.fromkeys(tensor.problem for _, tensor in work if tensor.spec))
-    for problem in problems:
-        asking = [(output, tensor) for output, tensor in work if tensor.problem == problem]
+    problems: dict[object, Work] = defaultdict(list)
+    for output, tensor in work:
+        if tensor.spec:
+            problems[tensor.problem, type(output.writer).solve].append((output, tensor))
+    for asking in problems.values():
         quantized = _solve(W, *asking[0], Fraction(W.itemsize, len(problems)), threads, done)
-        result = TensorResult(asking[0][1].name, quantized.numel, quantized.squared_error, quantized.squared_norm)
+        digest = aside.submit(quantized.digest)
         for output, tensor in asking:
-            output.quantized(tensor, quantized, result)
+            output.quantized(tensor, quantized)
+        errors = quantized.squared_error, quantized.squared_norm
+        result = TensorResult(work[0][1].name, quantized.numel, *errors, digest.result())
+        for output, _ in asking:
+            output.note(result)
     if not problems:
         done.add(W.nbytes)
 

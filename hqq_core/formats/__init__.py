@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from hqq_core.architectures import Role
+from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import FormatError
 from hqq_core.formats.awq import AwqWriter
 from hqq_core.formats.base import CheckpointWriter, refuse
 from hqq_core.formats.bitnet import BitnetWriter
 from hqq_core.formats.compressed_tensors import CompressedTensorsWriter
+from hqq_core.formats.gguf import GgufWriter
 from hqq_core.formats.gptq import GptqWriter
 from hqq_core.formats.hqq import HqqWriter
 from hqq_core.formats.humming import HummingWriter
@@ -29,6 +31,7 @@ FORMATS: dict[str, CheckpointWriter] = {
         AwqWriter(),
         GptqWriter(),
         MetalWriter(),
+        GgufWriter(),
         BitnetWriter(),
         HummingWriter(),
     )
@@ -47,7 +50,7 @@ def writer_of(recipe: Recipe) -> CheckpointWriter:
     """The writer that the recipe names; a FormatError lists those there are."""
     if recipe.format not in FORMATS:
         raise FormatError("format", f"format {recipe.format!r}: wanted one of {', '.join(FORMATS)}")
-    return FORMATS[recipe.format]
+    return FORMATS[recipe.format].of_recipe(recipe)
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -60,13 +63,22 @@ def settled(recipe: Recipe) -> Recipe:
 def check_recipe(recipe: Recipe) -> QuantSpec:
     """The recipe's settings as its format holds them; a FormatError names what it cannot hold, and formats that could."""
     writer = writer_of(recipe)
-    spec = writer.capabilities.spec(recipe)
-    for field, wanted in writer.capabilities.obstacles(spec):
-        raise refuse(writer, field, getattr(spec, field), f"{wanted}; {_holders(recipe)}")
-    return spec
+    for field, wanted in writer.capabilities.obstacles(recipe):
+        raise refuse(writer, field, getattr(recipe, field), f"{wanted}; {_holders(recipe)}")
+    return writer.capabilities.spec(recipe)
 
 
-def check_model(recipe: Recipe, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
+def writer_for(recipe: Recipe, checkpoint: Checkpoint) -> CheckpointWriter:
+    """`writer_of` a recipe for this source; a FormatError names formats that hold such a model where this one does not."""
+    try:
+        return writer_of(recipe).of_model(checkpoint)
+    except FormatError as error:
+        raise FormatError(error.field, f"{error}; {_holders(recipe)}") from None
+
+
+def check_model(
+    writer: CheckpointWriter, recipe: Recipe, quantized: set[Role], copied: set[Role], config: dict[str, Any]
+) -> None:
     """FormatError where no reader of the recipe's format takes such a model; it names formats whose readers do."""
 
     def takes(writer: CheckpointWriter, recipe: Recipe) -> bool:
@@ -76,7 +88,6 @@ def check_model(recipe: Recipe, quantized: set[Role], copied: set[Role], config:
             return False
         return True
 
-    writer = writer_of(recipe)
     try:
         writer.check_model(writer.capabilities.spec(recipe), quantized, copied, config)
     except FormatError as error:
@@ -88,7 +99,7 @@ def _holders(recipe: Recipe, takes: Callable[[CheckpointWriter, Recipe], bool] =
     names = []
     for name, writer in FORMATS.items():
         other = dataclasses.replace(recipe, format=name)
-        held = not any(writer.capabilities.obstacles(writer.capabilities.spec(other)))
+        held = not any(writer.capabilities.obstacles(other))
         usual = not writer.capabilities.experimental and not writer.capabilities.lossless
         if name != recipe.format and usual and held and takes(writer, other):
             names.append(repr(name))

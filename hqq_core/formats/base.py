@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from hqq_core.architectures import Role
+from hqq_core.architectures import QUANTIZED, Role
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import FormatError
 from hqq_core.formats.capabilities import Capabilities
 from hqq_core.formats.container import Container, Layout, Safetensors
+from hqq_core.recipe import Recipe
 from hqq_core.solver import quantize
 from hqq_core.spec import QuantSpec, ScaleDtype
 from hqq_core.tensors import QuantizedTensor
@@ -49,12 +50,19 @@ class CheckpointWriter(ABC):
         By the source's safetensors type, what scale and zero are stored as: the model's own type unless said.
     container : Container
         What its files are.
+    quantized : tuple of Role
+        What is quantized unless a recipe says otherwise.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     scale_dtypes: ClassVar[Mapping[str, ScaleDtype]] = SCALE_DTYPES
     container: Container = Safetensors()
+    quantized: ClassVar[tuple[Role, ...]] = QUANTIZED
+
+    def of_recipe(self, recipe: Recipe) -> Self:
+        """The writer for this recipe; another one where names or types depend on it."""
+        return self
 
     def of_model(self, checkpoint: Checkpoint) -> Self:
         """The writer for this source; another one where names, order or files depend on its config or tokenizer."""
@@ -65,8 +73,8 @@ class CheckpointWriter(ABC):
     ) -> None:
         """FormatError where no reader of this format takes a model with such tensors and such a config.json."""
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
-        """`spec` with scale and zero as stored beside a source of safetensors type `dtype`."""
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
+        """`spec` for one tensor, with scale and zero as stored beside a source of safetensors type `dtype`."""
         return dataclasses.replace(spec, scale_dtype=self.scale_dtypes[dtype])
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:

@@ -50,7 +50,7 @@ class BitnetWriter(CheckpointWriter):
             return reason
         return f"{shape[0]} rows do not fill bytes of {PER_BYTE}" if shape[0] % PER_BYTE else None
 
-    def tensor_spec(self, spec: QuantSpec, dtype: str) -> QuantSpec:
+    def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Nothing is searched: what is nearest to each weight is that weight."""
         return dataclasses.replace(spec, scale_dtype=self.scale_dtypes[dtype], iters=0, starts=1)
 

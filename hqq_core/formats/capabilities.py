@@ -46,6 +46,8 @@ class Capabilities:
     whole_channel : bool
         A whole channel (group size None) is held too.
     axes : tuple of int
+    types : tuple of str
+        Names that a recipe may give as its `type`, which the other settings follow from.
     exactness : str
         How the stored numbers come out of what was solved, in a few words.
     runtimes : tuple of Runtime
@@ -62,6 +64,7 @@ class Capabilities:
     group_multiple: int | None = None
     whole_channel: bool = False
     axes: tuple[int, ...] = (1,)
+    types: tuple[str, ...] = ()
     lossless: bool = False
     experimental: bool = False
 
@@ -74,8 +77,11 @@ class Capabilities:
         """The recipe's settings, with this format's zero where it leaves that open; `obstacles` says whether they are held."""
         return recipe.spec(self.zeros[recipe.nbits][0] if recipe.nbits in self.zeros else "float")
 
-    def obstacles(self, spec: QuantSpec) -> Iterator[tuple[str, str]]:
+    def obstacles(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
         """Settings that cannot be held: name of each, and what could be."""
+        spec = self.spec(recipe)
+        if recipe.type is not None:
+            yield "type", "none"
         if spec.nbits not in self.zeros:
             yield "nbits", _one_of(self.nbits)
         if not self._holds_groups(spec.group_size):
@@ -100,7 +106,7 @@ class Capabilities:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `zeros` by nbits as text."""
         fields = {**dataclasses.asdict(self), "zeros": {str(nbits): list(zeros) for nbits, zeros in self.zeros.items()}}
-        lists = {name: list(fields[name]) for name in ("group_sizes", "axes", "runtimes")}
+        lists = {name: list(fields[name]) for name in ("group_sizes", "axes", "types", "runtimes")}
         return {"nbits": list(self.nbits), **fields, **lists}
 
     def words(self) -> dict[str, str]:

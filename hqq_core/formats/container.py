@@ -17,7 +17,7 @@ import torch
 
 from hqq_core.checkpoint import INDEX, SINGLE, Checkpoint
 from hqq_core.results import ArtifactFile
-from hqq_core.safetensors_file import SafetensorsWriter, header_nbytes, read_header, tensor_nbytes, write_json
+from hqq_core.safetensors_file import SafetensorsWriter, header_nbytes, tensor_nbytes, write_json
 
 Layout = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype in the container's words, shape) of each stored tensor
 
@@ -69,9 +69,6 @@ class Container(Protocol):
     def open(self, path: Path, tensors: Layout) -> PartWriter:
         """A new part that will hold these tensors."""
 
-    def check(self, path: Path) -> None:
-        """CheckpointError unless the part is what its header says."""
-
     def finish(self, checkpoint: Checkpoint, parts: Sequence[Part], folder: Path) -> Finished:
         """Make of all parts what readers look for, from the same parts the same bytes: weight files, and others beside."""
 
@@ -98,11 +95,6 @@ class Safetensors:
     def open(self, path: Path, tensors: Layout) -> PartWriter:
         """A file whose tensors are written at their places."""
         return SafetensorsWriter(path, tensors)
-
-    def check(self, path: Path) -> None:
-        """The header is read with distrust."""
-        with path.open("rb") as file:
-            read_header(file.fileno(), path.name)
 
     def finish(self, checkpoint: Checkpoint, parts: Sequence[Part], folder: Path) -> Finished:
         """The parts, and an index of several."""

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from hqq_core.errors import SpecError, TensorError
-from hqq_core.solver import _cpu, _reference
+from hqq_core.solver import _cpu, _reference, _superblocks
 from hqq_core.solver._factors import Factors
-from hqq_core.spec import QuantSpec
-from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor
+from hqq_core.spec import SUPER_BLOCK, QuantSpec
+from hqq_core.tensors import TORCH_DTYPES, QuantizedTensor, SuperBlocks
 
 SOLVABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +54,8 @@ def quantize(
     progress : callable, optional
         Gets the number of weights of each finished tile, and 0 for each refined one; what it raises stops the work.
     device : torch.device or str
-        Where the solve runs: "cpu", or a CUDA device, to which W is streamed; the result is on the CPU.
+        Where the solve runs: "cpu", or a CUDA device, to which W is streamed; the result is on the CPU. Scales within
+        super-blocks and signed ones are solved on the CPU whatever it says.
 
     Returns
     -------
@@ -76,22 +77,35 @@ def quantize(
     if W.dtype not in SOLVABLE_DTYPES:
         raise TensorError(name, f"dtype {W.dtype}: wanted one of {', '.join(map(str, SOLVABLE_DTYPES))}")
     group_size = resolve_group_size(tuple(W.shape), spec)
-    weights = None if energy is None else _group_energy(energy, W, group_size, spec.axis, name)
+    shared = SUPER_BLOCK if spec.scale_bits else group_size  # by so many columns energies are compared
+    weights = None if energy is None else _group_energy(energy, W, shared, spec.axis, name)
     factors = None if columns is None and rows is None else Factors.of(columns, rows, W, spec.axis, name)
     if correlation is not None:
         _check_correlation(correlation, W, spec, energy, name)
     on = torch.device(device)
-    if on.type == "cpu":
-        solved = _cpu.solve(W, spec, weights, factors, group_size, threads, progress)
+    super_blocks = None
+    if spec.scale_bits:
+        codes, super_blocks, squared_error, squared_norm = _superblocks.solve(
+            W, spec, weights, factors, threads, progress
+        )
+        scale, zero = _parameters(super_blocks, spec)
+    elif on.type == "cpu" or spec.signed:
+        codes, scale, zero, squared_error, squared_norm = _cpu.solve(
+            W, spec, weights, factors, group_size, threads, progress
+        )
     else:
-        solved = _solve_on_gpu(W, spec, weights, factors, group_size, on, progress)
-    codes, scale, zero, squared_error, squared_norm = solved
+        codes, scale, zero, squared_error, squared_norm = _solve_on_gpu(
+            W, spec, weights, factors, group_size, on, progress
+        )
     if math.isnan(squared_norm):
         nan, infinite = int(W.isnan().sum()), int(W.isinf().sum())
         if not nan + infinite:
             raise TensorError(name, f"weights up to {W.abs().max():g} times their factors overflow float32")
         raise TensorError(name, f"{nan} NaN and {infinite} infinite among {W.numel()} weights: wanted finite ones only")
-    stored, column = TORCH_DTYPES[spec.scale_dtype], (-1, 1) if spec.axis == 1 else (1, -1)
+    stored, column = (
+        TORCH_DTYPES["float32" if spec.scale_bits else spec.scale_dtype],
+        (-1, 1) if spec.axis == 1 else (1, -1),
+    )
     zero = zero if spec.zero == "offset" else zero.to(stored)
     quantized = QuantizedTensor(
         W_q=codes,
@@ -102,6 +116,7 @@ def quantize(
         spec=spec,
         squared_error=squared_error,
         squared_norm=squared_norm,
+        super_blocks=super_blocks,
     )
     limit = torch.finfo(W.dtype).max
     large = squared_norm > (limit / 4) ** 2  # only then may a weight overflow
@@ -168,7 +183,19 @@ def resolve_group_size(shape: tuple[int, ...], spec: QuantSpec) -> int:
     group_size = spec.group_size or size
     if size % group_size:
         raise SpecError("group_size", f"group_size {group_size} does not divide {size} (axis {spec.axis} of {shape})")
+    if spec.scale_bits and size % SUPER_BLOCK:
+        raise SpecError(
+            "scale_bits", f"super-blocks of {SUPER_BLOCK} do not divide {size} (axis {spec.axis} of {shape})"
+        )
     return group_size
+
+
+def _parameters(super_blocks: SuperBlocks, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of each group, float32; the zero is 0 where the scale is."""
+    scale, offset = super_blocks.scale, super_blocks.offset
+    if offset is None:
+        return scale, torch.full_like(scale, spec.middle)
+    return scale, torch.where(scale > 0, -offset / scale, torch.zeros_like(scale))
 
 
 def _group_energy(

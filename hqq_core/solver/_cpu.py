@@ -24,6 +24,7 @@ from hqq_core.tensors import QuantizedTensor
 MIN_TILE_NUMEL, MAX_TILE_NUMEL, N_TILES = 1 << 16, 1 << 19, 64
 MIN_ROWS = 32  # the lanes of a kernel's block, which share a column of energies
 REFINED_ROWS = 32  # that share a read of the correlations
+NO_STEP = np.float32(2.0**-100)  # for a scale of 0 beside an offset, which no zero times it would be
 
 
 class Tile(NamedTuple):
@@ -59,7 +60,7 @@ def solve(
 ) -> Solved:
     """Tiles on a few threads."""
     weighted = weights is not None
-    rows = _as_rows(W, group_size, spec.axis, whole=weighted or factors is not None)
+    rows = as_rows(W, group_size, spec.axis, whole=weighted or factors is not None)
     n_rows, n_columns = rows.shape
     if weights is None:
         weights = np.ones((1, n_columns // group_size, group_size), np.float32)
@@ -74,11 +75,11 @@ def solve(
         groups = slice(at.columns.start // group_size, at.columns.stop // group_size)
         own = weights[at.rows.start // rows_per_block, groups]
         outputs = out[at.rows, at.columns], scale[at.rows, groups], zero[at.rows, groups]
-        return _solve_tile(
+        return fill_tile(
             rows[at.rows, at.columns], columns_by[at.columns], rows_by[at.rows], own, weighted, spec, *outputs
         )
 
-    errors = _run(solve_tile, list(_tiles(n_rows, n_columns, group_size, rows_per_block)), threads, progress)
+    errors = run(solve_tile, list(tiles(n_rows, n_columns, group_size, rows_per_block)), threads, progress)
     squared_error, squared_norm = (math.fsum(sums) for sums in zip(*errors, strict=True))
     return codes, torch.from_numpy(scale), torch.from_numpy(zero), squared_error, squared_norm
 
@@ -92,7 +93,7 @@ def refine(
     threads: int | None,
     progress: Callable[[int], None] | None,
 ) -> QuantizedTensor:
-    """What was solved, refined by blocks of rows on a few threads; its codes are overwritten."""
+    """What was solved, refined by blocks of rows on a few threads; its codes are overwritten. Scales of super-blocks stay."""
     H = energy.detach().double().numpy()
     mean = H.mean()
     if not mean > 0:
@@ -102,6 +103,9 @@ def refine(
     columns_by, rows_by = factors or Factors(torch.ones(n_columns), torch.ones(n_rows))
     codes = solved.W_q.numpy().reshape(n_rows, n_columns)
     scale, zero = (stored.float().clone().numpy().reshape(n_rows, -1) for stored in (solved.scale, solved.zero))
+    if solved.super_blocks is not None and solved.super_blocks.offset is not None:
+        constant = scale == 0  # what its codes then are makes no difference
+        scale[constant], zero[constant] = NO_STEP, (-solved.offset.numpy().reshape(n_rows, -1) / NO_STEP)[constant]
 
     def refine_tile(at: Tile) -> tuple[float, float]:
         outputs = codes[at.rows], scale[at.rows], zero[at.rows]
@@ -109,25 +113,28 @@ def refine(
 
     first = range(0, n_rows, REFINED_ROWS)
     tiles = [Tile(slice(row, min(row + REFINED_ROWS, n_rows)), slice(0, n_columns)) for row in first]
-    errors = _run(
+    errors = run(
         refine_tile, tiles, threads, (lambda _: progress(0)) if progress else None
     )  # all were counted when solved
+    squared_error = math.fsum(error for error, _ in errors)
+    if solved.super_blocks is not None:
+        return dataclasses.replace(solved, squared_error=squared_error)
     return dataclasses.replace(
         solved,
         scale=torch.from_numpy(scale).view(-1, 1).to(solved.scale.dtype),
         zero=torch.from_numpy(zero).view(-1, 1).to(solved.zero.dtype),
-        squared_error=math.fsum(error for error, _ in errors),
+        squared_error=squared_error,
     )
 
 
-def _as_rows(W: torch.Tensor, group_size: int, axis: int, *, whole: bool) -> torch.Tensor:
+def as_rows(W: torch.Tensor, group_size: int, axis: int, *, whole: bool) -> torch.Tensor:
     """W as rows of whole groups: one group each, or a `whole` output's where groups of a column share energies or factors."""
     if axis == 0:
         return W.reshape(group_size, -1).T  # strided
     return W.reshape(-1, W.shape[-1] if whole else group_size)
 
 
-def _tiles(n_rows: int, n_columns: int, group_size: int, rows_per_block: int) -> Iterator[Tile]:
+def tiles(n_rows: int, n_columns: int, group_size: int, rows_per_block: int) -> Iterator[Tile]:
     """Cut rows into about N_TILES, at whole groups and whole lanes, none across two blocks."""
     numel = min(max(n_rows * n_columns // N_TILES, MIN_TILE_NUMEL), MAX_TILE_NUMEL)
     width = min(n_columns, max(1, numel // (MIN_ROWS * group_size)) * group_size)
@@ -139,7 +146,7 @@ def _tiles(n_rows: int, n_columns: int, group_size: int, rows_per_block: int) ->
                 yield Tile(slice(row, min(row + height, stop)), slice(column, min(column + width, n_columns)))
 
 
-def _run(
+def run(
     solve: Callable[[Tile], tuple[float, float]],
     tiles: list[Tile],
     threads: int | None,
@@ -167,14 +174,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="solver")
 
 
-def _to_words(tile: torch.Tensor) -> NDArray[Any]:
+def to_words(tile: torch.Tensor) -> NDArray[Any]:
     """A contiguous tile as the words of float32, or of its upper half, which bfloat16 is."""
     if tile.dtype == torch.bfloat16:
         return np.ascontiguousarray(tile.view(torch.int16).numpy()).view(np.uint16)
     return np.ascontiguousarray(tile.numpy(), np.float32).view(np.uint32)
 
 
-def _solve_tile(
+def fill_tile(
     tile: torch.Tensor, columns_by: torch.Tensor, rows_by: torch.Tensor, energy: NDArray[np.float32],
     weighted: bool, spec: QuantSpec, *outputs: NDArray[Any],
 ) -> tuple[float, float]:  # fmt: skip
@@ -184,9 +191,9 @@ def _solve_tile(
     stored = STORED_TYPES[spec.scale_dtype]
     contiguous = [out if out.flags.c_contiguous else np.empty(out.shape, out.dtype) for out in outputs]
     errors: tuple[float, float] = _numba.solve_tile(
-        _to_words(tile), columns_by.numpy().reshape(energy.shape), rows_by.numpy(), energy, weighted, *contiguous,
+        to_words(tile), columns_by.numpy().reshape(energy.shape), rows_by.numpy(), energy, weighted, *contiguous,
         np.array(starts(spec)), trial_iters(spec), spec.iters,
-        _numba.MODES[spec.zero],
+        _numba.MODES[spec.zero], spec.signed,
         float(spec.max_code), spec.middle,
         _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,
@@ -207,9 +214,9 @@ def _refine_tile(
 
     stored, errors = STORED_TYPES[spec.scale_dtype], np.empty(len(tile))
     _refine.refine_rows(
-        _to_words(tile), columns_by.numpy(), rows_by.numpy(), roots, correlation, *outputs, errors,
+        to_words(tile), columns_by.numpy(), rows_by.numpy(), roots, correlation, *outputs, errors,
         tile.shape[1] // outputs[1].shape[1],
-        _numba.MODES[spec.zero], float(spec.max_code),
+        _numba.OFFSET if spec.scale_bits else _numba.MODES[spec.zero], float(spec.max_code),
         _numba.rounding(24 - stored.mantissa_bits, stored.subnormal_below),
         stored.min_scale, stored.max_scale, stored.max_zero,
     )  # fmt: skip

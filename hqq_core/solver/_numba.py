@@ -26,8 +26,8 @@ OBJECTIVE, SUM_Q, SUM_QQ, SUM_R, SUM_QR = (LANES * i for i in range(5))
 SCALE, ZERO, INVERSE, SUM_T, MEAN = (LANES * i for i in range(5, 10))
 FIRST_SCALE, FIRST_ZERO, BEST_SCALE, BEST_ZERO, BEST, ACTIVE = (LANES * i for i in range(10, 16))
 N_FLOAT32 = 16 * LANES
-FLOOR, UNIT, PER_UNIT = (LANES * i for i in range(3))
-N_FLOAT64 = 3 * LANES
+FLOOR, UNIT, PER_UNIT, SIGN = (LANES * i for i in range(4))
+N_FLOAT64 = 4 * LANES
 MAGNITUDE, INFINITE = u32(0x7FFFFFFF), u32(0x7F800000)
 
 # Multiply-adds may be fused; sums keep their order. Weights are finite, the caller looked.
@@ -163,9 +163,10 @@ def _normalize(T, H, F):
 
 
 @_jit
-def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
+def _load(W, row, column, C, R, H, T, S, L, F, D, mode, signed, low, max_zero):
     """The groups of LANES rows, times column and row factors, each scaled by a power of two to max|w| in [0.5, 1), or less below
-    `low`, in T; smallest weights in SUM_Q, largest in SUM_QQ, weighted sums in SUM_T.
+    `low`, in T; smallest weights in SUM_Q, largest in SUM_QQ, weighted sums in SUM_T. Where `signed`, a group is negated if that
+    brings its largest weight to the longer side of the codes.
 
     S and L are scratch: words, as large as T. Returns whether all weights are finite.
     """
@@ -194,9 +195,10 @@ def _load(W, row, column, C, R, H, T, S, L, F, D, mode, low, max_zero):
         D[UNIT + lane] = _power_of_two(exponent)
         D[PER_UNIT + lane] = _power_of_two(-exponent)
         D[FLOOR + lane] = f64(largest) * D[PER_UNIT + lane] / (max_zero if mode in (FLOAT, OFFSET) else MAX_STEPS)
-        F[INVERSE + lane] = factor * f32(D[PER_UNIT + lane])
-        F[SUM_Q + lane] *= F[INVERSE + lane]
-        F[SUM_QQ + lane] *= F[INVERSE + lane]
+        D[SIGN + lane] = -1.0 if signed and F[SUM_QQ + lane] > -F[SUM_Q + lane] else 1.0
+        F[INVERSE + lane] = factor * f32(D[PER_UNIT + lane] * D[SIGN + lane])
+        small, large = F[SUM_Q + lane] * F[INVERSE + lane], F[SUM_QQ + lane] * F[INVERSE + lane]
+        F[SUM_Q + lane], F[SUM_QQ + lane] = min(small, large), max(small, large)
     _normalize(T, H, F)
     for lane in range(LANES):  # a weight that is not finite leaves its mark there, whatever its energy
         worst = max(worst, u32(f32(F[SUM_T + lane]).view(u32) & MAGNITUDE))
@@ -496,7 +498,7 @@ def _alternate(
 @_jit
 def solve_tile(
     W, column_factors, row_factors, energy, weighted, codes, scale, zero, starts, trial_iters, iters,
-    mode, max_code, middle, stored, low, high, max_zero, p, beta, kappa,
+    mode, signed, max_code, middle, stored, low, high, max_zero, p, beta, kappa,
 ):  # fmt: skip
     """Solve a tile: each row of W is cut into groups.
 
@@ -531,7 +533,7 @@ def solve_tile(
             total += f64(H[j])
         for first in range(0, W.shape[0], LANES):
             if not _load(
-                W, first, group * n, column_factors[group], row_factors, H, T, S, L, F, D, mode, low, max_zero
+                W, first, group * n, column_factors[group], row_factors, H, T, S, L, F, D, mode, signed, low, max_zero
             ):
                 return np.nan, np.nan
             _minmax(total, F, D, mode, max_code, middle, low, high, max_zero, stored)
@@ -554,7 +556,7 @@ def solve_tile(
             _to_rows(Q, C)
             for lane in range(min(LANES, W.shape[0] - first)):
                 row, unit = first + lane, D[UNIT + lane]
-                scale[row, group] = f32(f64(F[BEST_SCALE + lane]) * unit)
+                scale[row, group] = f32(f64(F[BEST_SCALE + lane]) * unit * D[SIGN + lane])
                 zero[row, group] = F[BEST_ZERO + lane]
                 squared_error += f64(F[OBJECTIVE + lane]) * unit * unit
                 squared_norm += f64(F[SUM_QQ + lane]) * unit * unit

@@ -34,7 +34,8 @@ def solve(W: Array, spec: QuantSpec, energy: Array | None = None) -> tuple[NDArr
     scale, zero : ndarray [shape=(n_groups,)], float64
         Values that `spec.scale_dtype` holds exactly.
     """
-    W, exponent = normalize(W, spec)
+    sign = orientation(W) if spec.signed else np.ones(len(W))
+    W, exponent = normalize(W * sign[:, None], spec)
     H = np.ones_like(W) if energy is None else normalize_energy(energy)
     scale, zero = minmax(W, exponent, spec)
     if spec.starts > 1:
@@ -46,7 +47,12 @@ def solve(W: Array, spec: QuantSpec, energy: Array | None = None) -> tuple[NDArr
         scale, zero = np.stack([found[0] for found in tried])[best], np.stack([found[1] for found in tried])[best]
     best_scale, best_zero, _ = alternate(W, H, scale, zero, spec.iters, exponent, spec)
     codes = encode(W, best_scale, best_zero, spec).astype(np.uint8)
-    return codes, np.ldexp(best_scale, exponent), best_zero
+    return codes, np.ldexp(best_scale, exponent) * sign, best_zero
+
+
+def orientation(W: Array) -> Array:
+    """Sign of a group's scale: the codes reach farther below their middle, and there the largest weight comes to lie."""
+    return np.where(W.max(axis=1) > -W.min(axis=1), -1.0, 1.0)
 
 
 def alternate(

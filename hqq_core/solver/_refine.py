@@ -118,7 +118,7 @@ def _descend(V, codes, S, Z, roots, lowest, C, group_size, max_code, U, G, R):
             group, root = j // group_size, roots[j]
             if j % group_size == 0:
                 for r in range(V.shape[0]):
-                    inverse[r] = f32(1.0) / max(S[r, group], f32(TINY))
+                    inverse[r] = f32(1.0) / (S[r, group] if abs(S[r, group]) > f32(TINY) else f32(TINY))
             if root < lowest:
                 continue
             per_root, converted = f32(1.0) / root, False
@@ -189,9 +189,10 @@ def _fit(V, codes, S, Z, roots, units, C, group_size, mode, stored, low, high, m
             if not determinant > (SINGULAR * square_a * square_b if free_zero else 0.0):
                 continue
             step = (cross * slope_b - square_b * slope_a) / determinant if free_zero else -slope_a / determinant
-            absolute = _round_stored(f32(min(max((s + step) / unit, low), high)), stored)
+            sign = -1.0 if s < 0.0 else 1.0
+            absolute = _round_stored(f32(min(max(sign * (s + step) / unit, low), high)), stored) * f32(sign)
             new_s, new_z = f64(absolute) * unit, z
-            if not 0.5 * s <= new_s <= 2.0 * s:
+            if not 0.5 * abs(s) <= sign * new_s <= 2.0 * abs(s):
                 continue
             ds = new_s - s
             if free_zero:

@@ -46,15 +46,16 @@ class Client:
         source: str | os.PathLike[str] | dict[str, Any],
         recipe: dict[str, Any] | None = None,
         *,
+        recipes: Sequence[dict[str, Any]] | None = None,
         labels: dict[str, str] | None = None,
         priority: int | None = None,
         idempotency_key: str | None = None,
         wait_s: int = 0,
     ) -> dict[str, Any]:
-        """A new job for a folder on the service's machine, or for a source as the API has it."""
+        """A new job for a folder on the service's machine, or for a source as the API has it; of one recipe, or of several."""
         if not isinstance(source, dict):
             source = {"type": "folder", "path": os.fspath(source)}
-        optional = {"recipe": recipe, "labels": labels, "priority": priority}
+        optional = {"recipe": recipe, "recipes": recipes, "labels": labels, "priority": priority}
         body = {"source": source} | {name: value for name, value in optional.items() if value is not None}
         headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
         if idempotency_key is not None:

@@ -61,8 +61,7 @@ class RequestInvalid(Refused):
 class RecipeRefused(Refused):
     """A recipe the library refuses, with the library's code and field."""
 
-    def __init__(self, code: str, detail: str, field: str | None) -> None:
-        pointer = f"/recipe/{field}" if field else "/recipe"
+    def __init__(self, code: str, detail: str, pointer: str) -> None:
         super().__init__(detail, errors=(FieldError(pointer, code, detail),))
         self.code = code
 

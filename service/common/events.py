@@ -29,5 +29,5 @@ def done_data(job: Job) -> dict[str, Any]:
     if job.status == JobStatus.FAILED:
         data["error"] = job.error
     if job.status == JobStatus.SUCCEEDED and job.result is not None:
-        data["metrics"] = job.result["metrics"]
+        data["outputs"] = job.result["outputs"]
     return data

@@ -48,6 +48,7 @@ class Base(DeclarativeBase):
         datetime: UtcDateTime(),
         dict[str, Any]: JSON(none_as_null=True),
         dict[str, str]: JSON(),
+        list[dict[str, Any]]: JSON(),
         int: BigInteger(),
         JobStatus: _word(JobStatus),
         Phase: _word(Phase),
@@ -74,7 +75,7 @@ class Job(Base):
     version: Mapped[int]
     event_seq: Mapped[int]  # the last event's
     source: Mapped[dict[str, Any]]
-    recipe: Mapped[dict[str, Any]]
+    recipes: Mapped[list[dict[str, Any]]]
     labels: Mapped[dict[str, str]]
     priority: Mapped[int]
     attempt: Mapped[int]  # the most starts any of its units needed

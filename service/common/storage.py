@@ -1,9 +1,9 @@
 """The artifact store: a private folder for each job.
 
-plan.json               what the plan unit wrote
+plan.json               what the plan unit wrote, for each recipe
 plan.profiled.json      the same with input energies: the profile unit's, where the job has one
 energies.safetensors    the profile unit's too, until the shards are done
-output/                 the result
+output/                 the result, of several recipes a folder each
 """
 
 import json

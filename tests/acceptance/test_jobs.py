@@ -30,7 +30,12 @@ def test_from_submit_to_files(installation: Installation, sharded: Path, undistu
     for artifact in installation.client.artifacts(job_id):
         installation.client.download(job_id, artifact["name"], tmp_path / "copy" / artifact["name"])
     assert folder_bytes(tmp_path / "copy") == folder_bytes(undisturbed)
-    assert json.loads(installation.run("jobs", "info", job_id, "--json"))["result"]["metrics"]["bits_per_weight"] < 5
+    assert (
+        json.loads(installation.run("jobs", "info", job_id, "--json"))["result"]["outputs"][0]["metrics"][
+            "bits_per_weight"
+        ]
+        < 5
+    )
 
 
 def test_same_source_gives_the_same_bytes_twice(service: Installation, models: Path) -> None:
@@ -185,7 +190,7 @@ def bad_requests(models: Path, outside: Path) -> dict[str, tuple[dict, str, str]
         "unknown field": ({"source": here, "colour": "red"}, "request_invalid", "/colour"),
         "unknown setting": ({"source": here, "recipe": {"bits": 4}}, "request_invalid", "/recipe/bits"),
         "group size": ({"source": here, "recipe": {"group_size": 48}}, "format_cannot_hold", "/recipe/group_size"),
-        "bits": ({"source": here, "recipe": {"nbits": 7}}, "invalid_setting", "/recipe/nbits"),
+        "bits": ({"source": here, "recipe": {"nbits": 9}}, "invalid_setting", "/recipe/nbits"),
         "outside": ({"source": {"type": "folder", "path": str(outside)}}, "source_not_allowed", "/source/path"),
         "nowhere": ({"source": {"type": "folder", "path": "/nowhere"}}, "source_not_allowed", "/source/path"),
         "link": (

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import redis
 
+from hqq_core.convert import quantize_checkpoint
+from hqq_core.recipe import Recipe
 from tests.acceptance.conftest import RECIPE, Installation, command_line, kill, wait_until
 from tests.checkpoints import folder_bytes
 
@@ -21,6 +23,23 @@ def assert_as_undisturbed(installation: Installation, job_id: str, undisturbed: 
     job = installation.wait_succeeded(job_id)
     assert folder_bytes(installation.output(job_id)) == folder_bytes(undisturbed)
     return job
+
+
+def test_killed_with_two_formats(embedded: Installation, sharded: Path, undisturbed: Path, tmp_path: Path) -> None:
+    recipes = [RECIPE, {**RECIPE, "format": "mlx"}]
+    embedded.start()
+    job_id = embedded.client.submit(sharded, recipes=recipes)["id"]
+    embedded.wait_mid_job(job_id)
+    embedded.kill_worker()
+    job = embedded.wait_succeeded(job_id)
+    assert job["attempt"] == 2
+    folders = [output["folder"] for output in job["result"]["outputs"]]
+    assert folders == ["compressed-tensors-4bit-g64", "mlx-4bit-g64"]
+    quantize_checkpoint(sharded, tmp_path / "mlx", Recipe(**recipes[1]), threads=1)
+    for folder, alone in zip(folders, (undisturbed, tmp_path / "mlx"), strict=True):
+        assert folder_bytes(embedded.output(job_id) / folder) == folder_bytes(alone)
+    artifact = next(file for file in embedded.client.artifacts(job_id) if file["name"] == "mlx-4bit-g64/config.json")
+    embedded.client.download(job_id, artifact["name"], tmp_path / "copy" / artifact["name"])
 
 
 def test_worker_killed(installation: Installation, sharded: Path, undisturbed: Path) -> None:

@@ -1,7 +1,7 @@
 """A whole synthetic checkpoint: peak memory, and wall time over the time to only read and rewrite the same bytes.
 
-python -m tests.benchmarks.checkpoint [--gigabytes 4 8] [--format hqq]
-Each run is a process of its own; needs twice the largest size on disk.
+python -m tests.benchmarks.checkpoint [--gigabytes 4 8] [--format mlx metal]
+Each run is a process of its own; needs twice the largest size on disk. Several formats are made of one read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
+from hqq_core import Checkpoint, Recipe, build_plans, quantize_checkpoint
 from hqq_core.safetensors_file import CHUNK_NBYTES, SafetensorsWriter
 
 SHARD_NBYTES = 256_000_000
@@ -30,13 +30,15 @@ HIDDEN, FEED_FORWARD = 2048, 7680
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--format", default="compressed-tensors")
+    parser.add_argument("--format", nargs="+", default=["compressed-tensors"])
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         print(json.dumps(RUNS[arguments.run](Path.cwd(), arguments.format)))
         return
-    print(f"{arguments.format}, 4 bit, group 64, {os.cpu_count()} cores; source in the page cache for both sides")
+    print(
+        f"{', '.join(arguments.format)}, 4 bit, group 64, {os.cpu_count()} cores; source in the page cache for both sides"
+    )
     print(f"{'source':>14} {'result':>8} {'peak MB':>8} {'convert s':>10} {'rewrite s':>10} {'ratio':>6} {'GB/s':>5}")
     for gigabytes in arguments.gigabytes:
         with tempfile.TemporaryDirectory(prefix="halfquad-bench-") as folder:
@@ -50,37 +52,41 @@ def main() -> None:
             )
 
 
-def run(name: str, folder: str, format: str) -> dict:
-    command = [sys.executable, "-m", "tests.benchmarks.checkpoint", "--run", name, "--format", format]
+def run(name: str, folder: str, formats: list[str]) -> dict:
+    command = [sys.executable, "-m", "tests.benchmarks.checkpoint", "--run", name, "--format", *formats]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return json.loads(subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True).stdout)
 
 
-def convert(folder: Path, format: str) -> dict:
+def recipes_of(formats: list[str]) -> list[Recipe]:
+    return [Recipe(format=name, nbits=4, group_size=64, energy="none") for name in formats]
+
+
+def convert(folder: Path, formats: list[str]) -> dict:
     """The conversion, as `halfquad quantize` does it."""
     start = time.perf_counter()
-    (manifest,) = quantize_checkpoint(
-        folder / "source", folder / "out", Recipe(format=format, nbits=4, group_size=64, energy="none")
-    )
+    manifests = quantize_checkpoint(folder / "source", folder / "out", *recipes_of(formats))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shutil.rmtree(folder / "out")
-    sizes = {key: manifest.metrics[key] for key in ("nbytes_in", "nbytes_out")}
-    return {"seconds": seconds, "peak": peak, **sizes}
+    nbytes_out = sum(manifest.metrics["nbytes_out"] for manifest in manifests)
+    nbytes_in = manifests[0].metrics["nbytes_in"]
+    return {"seconds": seconds, "peak": peak, "nbytes_in": nbytes_in, "nbytes_out": nbytes_out}
 
 
-def rewrite(folder: Path, format: str) -> dict:
+def rewrite(folder: Path, formats: list[str]) -> dict:
     """Only read the source, and write, sync and hash as many bytes as the result has: the floor."""
-    plan = build_plan(Checkpoint.open(folder / "source"), Recipe(format=format, nbits=4, group_size=64, energy="none"))
+    plans = build_plans(Checkpoint.open(folder / "source"), recipes_of(formats))
     (folder / "copy").mkdir()
     start = time.perf_counter()
     buffer = memoryview(bytearray(CHUNK_NBYTES))
-    for shard in plan.shards:
+    for shard in plans[0].shards:
         with (folder / "source" / shard.file).open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-        writer = SafetensorsWriter(folder / "copy" / shard.file, [("bytes", "U8", (shard.nbytes_out,))])
-        sizes = (min(CHUNK_NBYTES, shard.nbytes_out - at) for at in range(0, shard.nbytes_out, CHUNK_NBYTES))
+        nbytes = sum(plan.shards[shard.index].nbytes_out for plan in plans)
+        writer = SafetensorsWriter(folder / "copy" / shard.file, [("bytes", "U8", (nbytes,))])
+        sizes = (min(CHUNK_NBYTES, nbytes - at) for at in range(0, nbytes, CHUNK_NBYTES))
         for size in sizes:
             writer.append("bytes", buffer[:size])
         writer.close()

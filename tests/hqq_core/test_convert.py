@@ -5,8 +5,7 @@ import torch
 
 from hqq_core import Checkpoint, Recipe, build_plan, finish_checkpoint, quantize_checkpoint, quantize_shard
 from hqq_core.checkpoint import MANIFEST
-from hqq_core.convert import verify_shard
-from hqq_core.errors import Cancelled, CheckpointError, StorageFullError, TensorError
+from hqq_core.errors import Cancelled, CheckpointError, StorageFullError, TensorError, VerificationError
 from hqq_core.results import Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from tests.checkpoints import llama_config, llama_tensors, save_checkpoint, save_llama
@@ -167,22 +166,31 @@ def test_progress_counts_the_source_once_more_where_it_is_profiled(tmp_path, ene
     assert sum(done < nbytes for done, _ in seen) > 10, "moves while it profiles"
 
 
-def test_verify_notices_one_flipped_byte(tmp_path):
+def test_results_survive_json_and_files_that_are_gone_are_missed(tmp_path):
     checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
     plan = build_plan(checkpoint, Recipe())
     (tmp_path / "out").mkdir()
     (solved,) = quantize_shard(checkpoint, [plan], 0, tmp_path / "out")
-    result = ShardResult.from_dict(json.loads(json.dumps(solved.to_dict())))
-    verify_shard(plan, result, tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: sha256 .*: wanted"):
-        verify_shard(plan, result, tmp_path / "out")
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"model.safetensors: written before, but gone"):
-        verify_shard(plan, result, tmp_path / "out")
+    assert ShardResult.from_dict(json.loads(json.dumps(solved.to_dict()))) == solved
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(VerificationError, match=r"model.safetensors: written before, but gone"):
+        finish_checkpoint(checkpoint, plan, [solved], tmp_path / "out")
+
+
+def test_where_a_check_fails_there_is_no_manifest(tmp_path):
+    checkpoint = Checkpoint.open(save_llama(tmp_path / "m"))
+    plan = build_plan(checkpoint, Recipe())
+    (tmp_path / "out").mkdir()
+    results = quantize_shard(checkpoint, [plan], 0, tmp_path / "out")
+
+    def check(folder, manifest):
+        assert {file.name for file in manifest.files} == {path.name for path in folder.iterdir()}
+        raise VerificationError("model.norm.weight", "not what it was")
+
+    with pytest.raises(VerificationError, match="not what it was"):
+        finish_checkpoint(checkpoint, plan, results, tmp_path / "out", check=check)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    finish_checkpoint(checkpoint, plan, results, tmp_path / "out")
 
 
 def test_importing_the_library_loads_nothing_heavy():

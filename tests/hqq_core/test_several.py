@@ -20,13 +20,14 @@ from hqq_core import (
     quantize_shard,
 )
 from hqq_core.checkpoint import MANIFEST, REPORT
-from hqq_core.convert import finished, verify_shard
-from hqq_core.errors import CheckpointError, FormatError, SpecError, StorageFullError
-from hqq_core.formats import FORMATS
+from hqq_core.convert import finished
+from hqq_core.errors import FormatError, SpecError, StorageFullError, VerificationError
+from hqq_core.formats import FORMATS, settled
 from hqq_core.plan import Plan
-from tests.checkpoints import folder_bytes, llama_tensors, save_llama
+from tests.checkpoints import VOCABULARY, folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.onefile import RESULT, OneFileWriter, read_one_file
 from tests.oracles import stored_tensors
+from tests.vocabularies import save_tokenizer
 
 MLX, METAL, PACKED = Recipe(format="mlx"), Recipe(format="metal"), Recipe(format="compressed-tensors")
 EVERY = [Recipe(format=name) for name, writer in FORMATS.items() if not writer.capabilities.lossless]
@@ -47,7 +48,7 @@ def one_file(monkeypatch):
 @pytest.mark.parametrize("recipes", [EVERY, MIXED, MIXED[::-1]], ids=["every format", "mixed", "mixed, backwards"])
 def test_each_folder_is_what_its_recipe_alone_gives(tmp_path, recipes):
     source = save_llama(tmp_path / "m", hidden=128, n_shards=2)
-    (source / "tokenizer.json").write_text("{}")
+    save_tokenizer(source, "gpt-2", VOCABULARY)
     manifests = quantize_checkpoint(source, tmp_path / "out", *recipes)
     folders = output_folders(recipes)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(folders)
@@ -58,7 +59,8 @@ def test_each_folder_is_what_its_recipe_alone_gives(tmp_path, recipes):
 
 @pytest.mark.parametrize("recipes", [EVERY, [MLX], [Recipe(format="mlx", include_modules=("lm_head",)), PACKED]])
 def test_each_byte_of_the_source_is_read_once(tmp_path, monkeypatch, recipes):
-    checkpoint = Checkpoint.open(save_llama(tmp_path / "m", n_shards=2))
+    source = save_tokenizer(save_llama(tmp_path / "m", n_shards=2), "gpt-2", VOCABULARY)
+    checkpoint = Checkpoint.open(source)
     plans = build_plans(checkpoint, recipes)
     reads = []
     real = shard_room.ShardReader.read.__globals__["read_exactly"]
@@ -100,6 +102,24 @@ def test_what_is_solved_alike_is_solved_once(tmp_path, solved, recipes, solves):
     quantize_checkpoint(save_llama(tmp_path / "m"), tmp_path / "out", *recipes)
     assert len(solved) == 14 * solves
     assert set(Counter(solved).values()) == {solves}
+
+
+def test_formats_that_solve_otherwise_share_nothing_though_all_settings_agree(tmp_path):
+    def ternary(name, W):
+        return ((W.float() / 0.02).round().clamp(-1, 1) * 0.02).to(W.dtype) if name.endswith("_proj.weight") else W
+
+    tensors = {name: ternary(name, W) for name, W in llama_tensors().items()}
+    source = save_checkpoint(tmp_path / "m", tensors, llama_config())
+    kept = Recipe(format="bitnet", nbits=1.58, group_size=None, preset="best")  # which has no energy and no folds
+    solved = Recipe(format="hqq", nbits=1.58, group_size=None, zero="none", preset="best", energy="none", fold=False)
+    for i, recipes in enumerate([(kept, solved), (solved, kept), (MLX, kept), (kept, MLX)]):
+        out = tmp_path / str(i)
+        quantize_checkpoint(source, out, *recipes)
+        again = build_plans(Checkpoint.open(source), [settled(recipe) for recipe in recipes])
+        for recipe, folder in zip(recipes, output_folders(recipes), strict=True):
+            quantize_checkpoint(source, out / f"{folder}-alone", recipe)
+            assert folder_bytes(out / folder) == folder_bytes(out / f"{folder}-alone")
+        assert tuple(plan.folder for plan in again) == output_folders(recipes)
 
 
 def test_what_only_one_recipe_folds_is_solved_twice(tmp_path, solved):
@@ -157,7 +177,7 @@ def test_folders_are_named_after_recipes():
             [MLX, PACKED, Recipe(format="mlx", skip_modules=("q_proj",))],
             SpecError, "skip_modules", 2, "mlx-4bit-g64 is another recipe's, which differs in skip_modules alone",
         ),
-        ([MLX, Recipe(energy="none")], SpecError, "energy", 1, "energy 'none': wanted 'auto'"),
+        ([MLX, Recipe(energy="none")], SpecError, "energy", 1, "energy 'none': wanted 'auto', as a recipe before has it"),
         ([MLX, Recipe(format="mlx", nbits=7)], FormatError, "nbits", 1, "nbits 7: format 'mlx' holds"),
         ([MLX, Recipe(format="../mlx")], FormatError, "format", 1, "format '../mlx': wanted one of"),
     ],
@@ -209,8 +229,6 @@ def test_a_finish_that_was_cut_off_gives_the_same_bytes_when_it_runs_again(tmp_p
         finish_checkpoint(checkpoint, plan, results, output)
     assert (output / RESULT).is_file()
     assert finished(plan, output) is None
-    for result in results:
-        verify_shard(plan, result, output)
     with cut_off(monkeypatch, "_remove_parts"):  # a manifest, but parts beside it
         finish_checkpoint(checkpoint, plan, results, output)
     assert parts.keys() < {path.name for path in output.iterdir()}
@@ -221,7 +239,7 @@ def test_a_finish_that_was_cut_off_gives_the_same_bytes_when_it_runs_again(tmp_p
     raw = bytearray((output / RESULT).read_bytes())
     raw[-1] ^= 1
     (output / RESULT).write_bytes(raw)
-    with pytest.raises(CheckpointError, match="model.one: sha256 .*: wanted .*, as when it was written"):
+    with pytest.raises(VerificationError, match="model.one: sha256 .*: wanted .*, as when it was written"):
         finished(plan, output)
 
 

@@ -64,16 +64,10 @@ class Line:
     def row(self) -> str:
         """As a line of a Markdown table."""
         recipe = self.recipe
-        axis = f"{recipe.zero or '–'}" + (", axis 0" if recipe.axis == 0 else "")
         include = f" with {', '.join(recipe.include_modules)}" if recipe.include_modules else ""
-        settings = (
-            self.runtime,
-            self.model,
-            recipe.format + include,
-            f"{recipe.nbits:g}",
-            str(recipe.group_size),
-            axis,
-        )
+        axis = ", axis 0" if recipe.axis == 0 else ""
+        how = ("", "", "") if recipe.type else (f"{recipe.nbits:g}", str(recipe.group_size), f"{recipe.zero}{axis}")
+        settings = (self.runtime, self.model, f"{recipe.format} {recipe.type or ''}{include}".strip(), *how)
         return f"| {' | '.join([*settings, *self.cells])} |"
 
 

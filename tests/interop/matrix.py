@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hqq_core import FORMATS, Recipe
+from hqq_core.formats.gguf.file_types import MAIN_TYPES
 from hqq_core.formats.gptq import FAMILIES
 
 SMOLLM2 = "smollm2-135m"
@@ -30,6 +31,8 @@ class Cells:
     group_sizes : tuple
     every_zero : bool
         All zeros that the format holds at a width, or the one that it takes unless told.
+    types : tuple of str
+        File types of `gguf`, which say all of that.
     models : tuple of str
         A name in `tests.models.MODELS`, or "family, dtype" for a tiny random model of `tests.families`.
     more : dict
@@ -41,16 +44,23 @@ class Cells:
     nbits: tuple[float, ...] | None = None
     group_sizes: tuple[int | None, ...] = GROUPS
     every_zero: bool = False
+    types: tuple[str, ...] = ()
     models: tuple[str, ...] = (SMOLLM2,)
     more: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, Recipe]]:
+        for model, settings in itertools.product(self.models, self._settings()):
+            yield model, Recipe(format=self.format, preset="fast", energy="analytic", **settings, **self.more)
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        if self.types:
+            yield from ({"type": name} for name in self.types)
+            return
         held = FORMATS[self.format].capabilities.zeros
         widths = self.nbits or sorted(held, key=lambda nbits: (nbits != 4, nbits))
-        for model, nbits, size in itertools.product(self.models, widths, self.group_sizes):
+        for nbits, size in itertools.product(widths, self.group_sizes):
             for zero in held[nbits] if self.every_zero else held[nbits][:1]:
-                settings = {"nbits": nbits, "group_size": size, "zero": zero, "preset": "fast", "energy": "analytic"}
-                yield model, Recipe(format=self.format, **settings, **self.more)
+                yield {"nbits": nbits, "group_size": size, "zero": zero}
 
 
 MATRIX = (
@@ -65,6 +75,7 @@ MATRIX = (
     Cells("hqq", ("transformers 4",), group_sizes=(64,)),
     Cells("awq", ("vLLM", "mlx-lm (awq)", "gptqmodel"), group_sizes=(64, 128)),
     Cells("gptq", ("gptqmodel",), group_sizes=(64, 32)),  # it wants all layers
+    Cells("gguf", ("transformers (gguf)", "llama.cpp"), types=tuple(MAIN_TYPES)),
     Cells("awq", ("gptqmodel",), group_sizes=(64, 128), models=TINY),
     Cells("gptq", ("gptqmodel",), models=TINY),
 )

@@ -91,6 +91,9 @@ def shard_work(nbytes: Iterable[int]) -> list[ShardWork]:
     return [ShardWork(i, n) for i, n in enumerate(nbytes)]
 
 
+OUTPUT = {"folder": "", "format": "hqq", "metrics": {"bits_per_weight": 4.5}}
+
+
 class Hand:
     """Does by hand what a worker does to the rows."""
 
@@ -101,7 +104,7 @@ class Hand:
         source = {"type": "folder", "path": "/models/tiny"}
         with self.database.write() as session:
             return repository.insert_job(
-                session, source=source, recipe={}, labels=labels, priority=priority, max_attempts=max_attempts
+                session, source=source, recipes=[{}], labels=labels, priority=priority, max_attempts=max_attempts
             )
 
     def due(self, *, limit: int = 100, redispatch_s: float = 0) -> list[str]:
@@ -133,7 +136,7 @@ class Hand:
     def finish(self, *artifacts: dict) -> Job:
         claim = self.claim()
         with self.database.write() as session:
-            return repository.finish_succeeded(session, claim, artifacts=artifacts, metrics={"bits_per_weight": 4.5})
+            return repository.finish_succeeded(session, claim, artifacts=artifacts, outputs=[OUTPUT])
 
     def cancel(self, job: Job) -> Job:
         with self.database.write() as session:

@@ -76,8 +76,10 @@ def test_quantize_writes_a_folder_and_its_figures(tmp_path: Path, halfquad: Run)
     )
     result = json.loads(stdout)
     assert result["output"] == str(output)
-    assert result["metrics"]["bits_per_weight"] < 5
-    assert {file["name"] for file in result["files"]} < set(folder_bytes(output))
+    (made,) = result["outputs"]
+    assert (made["folder"], made["format"]) == ("", "hqq")
+    assert made["metrics"]["bits_per_weight"] < 5
+    assert {file["name"] for file in made["files"]} < set(folder_bytes(output))
     config = json.loads((output / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "hqq"
 
@@ -86,6 +88,75 @@ def test_quantize_talks_to_people_too(tmp_path: Path, halfquad: Run) -> None:
     stdout, stderr = halfquad("quantize", save_llama(tmp_path / "tiny"), "--output", tmp_path / "out", "--threads", 1)
     assert "bits per weight" in stdout
     assert "tiny" in stderr, "the progress bar"
+
+
+def test_verify_finds_a_result_sound(tmp_path: Path, halfquad: Run) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    halfquad("quantize", source, "--output", output, "--energy", "none")
+    stdout, stderr = halfquad("verify", output, "--against", source)
+    assert "14 tensors, compared with what was solved and with" in stdout
+    assert "out" in stderr, "the progress bar"
+    stdout, _ = halfquad("verify", output, "--threads", 1, "--json")
+    found = json.loads(stdout)
+    assert (found["sound"], found["tensors_quantized"], found["against_source"]) == (True, 14, False)
+
+
+def test_verify_names_the_tensor_that_is_not_sound(tmp_path: Path, halfquad: Run) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    halfquad("quantize", source, "--output", output, "--energy", "none")
+    with (output / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    stdout, stderr = halfquad("verify", output, "--json", code=1)
+    found = json.loads(stdout)
+    assert found["sound"] is False
+    assert found["name"].startswith("model.")
+    assert f"error: {found['message']}" in stderr
+
+
+def test_verify_tells_bad_input_from_a_bad_result(tmp_path: Path, halfquad: Run) -> None:
+    source = save_llama(tmp_path / "tiny")
+    assert "no halfquad_manifest.json" in halfquad("verify", source, code=2)[1]
+    assert "no such folder" in halfquad("verify", tmp_path / "nowhere", code=2)[1]
+    halfquad("quantize", source, "--output", tmp_path / "out", "--energy", "none")
+    assert "nowhere" in halfquad("verify", tmp_path / "out", "--against", tmp_path / "nowhere", code=2)[1]
+
+
+def test_quantize_takes_several_formats(tmp_path: Path, halfquad: Run) -> None:
+    source, output = save_llama(tmp_path / "tiny"), tmp_path / "out"
+    options = ["--format", "mlx", "--format", "metal", "--energy", "none", "--output", output]
+    made = json.loads(halfquad("quantize", source, *options, "--json")[0])["outputs"]
+    assert [(out["folder"], out["format"]) for out in made] == [("mlx-4bit-g64", "mlx"), ("metal-4bit-g64", "metal")]
+    assert {path.name for path in output.iterdir()} == {"mlx-4bit-g64", "metal-4bit-g64"}
+    for out in made:
+        assert {file["name"] for file in out["files"]} < set(folder_bytes(output / out["folder"]))
+    options[-1] = tmp_path / "again"
+    stdout, _ = halfquad("quantize", source, *options)
+    assert [line.split()[-1] for line in stdout.splitlines() if line.startswith("written to")] == [
+        str(tmp_path / "again" / out["folder"]) for out in made
+    ]
+
+
+def test_one_format_twice_is_refused(tmp_path: Path, halfquad: Run) -> None:
+    options = ["--output", tmp_path / "out", "--format", "mlx", "--format", "mlx"]
+    _, stderr = halfquad("quantize", save_llama(tmp_path / "tiny"), *options, code=2)
+    assert "mlx-4bit-g64 is another recipe's, which is the same" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_submit_takes_several_formats(halfquad: Run, api_url: str, root: Path) -> None:
+    options = ["--format", "mlx", "--format", "hqq", "--preset", "fast"]
+    stdout, _ = halfquad("submit", root / "tiny", *options, "--url", api_url, "--json")
+    job = json.loads(stdout)
+    assert [(recipe["format"], recipe["preset"]) for recipe in job["recipes"]] == [("mlx", "fast"), ("hqq", "fast")]
+    assert "mlx,hqq" in halfquad("jobs", "ls", "--url", api_url)[0]
+    shown, _ = halfquad("jobs", "info", job["id"], "--url", api_url)
+    assert [line.split()[:4] for line in shown.splitlines() if line.startswith("recipe")] == [
+        ["recipe", "format", "mlx,", "nbits"],
+        ["recipe", "1", "format", "hqq,"],
+    ]
 
 
 def test_recipe_has_an_option_for_each_setting_in_both_commands() -> None:
@@ -116,7 +187,7 @@ def test_options_reach_the_recipe(tmp_path: Path, halfquad: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--nbits", "7"], "nbits"),
+        (["--nbits", "9"], "nbits"),
         (["--group-size", "48"], "group_size 48"),
         (["--group-size", "some"], "--group-size"),
         (["--format", "typo"], "typo"),

@@ -61,5 +61,7 @@ def test_a_job_that_keeps_weights_as_they_are_is_not_weighed(api, root):
         "source": {"type": "folder", "path": str(root)},
         "recipe": {"format": "bitnet", "nbits": 1.58, "group_size": None},
     }
-    recipe = api.post("/v1/jobs", json=body).json()["recipe"]
+    recipe = api.post("/v1/jobs", json=body).json()["recipes"][0]
     assert (recipe["energy"], recipe["fold"]) == ("none", False)
+    body |= {"recipe": None, "recipes": [body["recipe"], {"format": "mlx"}]}
+    assert [recipe["energy"] for recipe in api.post("/v1/jobs", json=body).json()["recipes"]] == ["none", "auto"]

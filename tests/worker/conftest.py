@@ -65,12 +65,12 @@ class Foreman:
         self.workplace = workplace
         self.leaving = threading.Event()
 
-    def submit(self, source: Path, recipe: Recipe = RECIPE, max_attempts: int = 3) -> Job:
+    def submit(self, source: Path, *recipes: Recipe, max_attempts: int = 3) -> Job:
         with self.workplace.database.write() as session:
             return repository.insert_job(
                 session,
                 source={"type": "folder", "path": str(source)},
-                recipe=recipe.to_dict(),
+                recipes=[recipe.to_dict() for recipe in recipes or (RECIPE,)],
                 labels={},
                 priority=5,
                 max_attempts=max_attempts,

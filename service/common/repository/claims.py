@@ -29,7 +29,7 @@ class Claim:
     fence: int
     owner: str
     source: dict[str, Any]
-    recipe: dict[str, Any]
+    recipes: list[dict[str, Any]]
 
 
 def claim_unit(session: Session, unit_id: str, *, owner: str, lease_s: float) -> Claim | None:
@@ -69,7 +69,15 @@ def claim_unit(session: Session, unit_id: str, *, owner: str, lease_s: float) ->
     data = log_data("unit_claimed", f"{unit_name(unit)} taken", **unit_context(unit), worker=owner)
     append_event(session, job, EventType.LOG, data, at)
     return Claim(
-        unit.id, unit.job_id, unit.kind, unit.index, unit.attempt, unit.fence, owner, dict(job.source), dict(job.recipe)
+        unit.id,
+        unit.job_id,
+        unit.kind,
+        unit.index,
+        unit.attempt,
+        unit.fence,
+        owner,
+        dict(job.source),
+        list(job.recipes),
     )
 
 

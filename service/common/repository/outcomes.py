@@ -76,16 +76,16 @@ def shard_results(session: Session, job_id: str) -> list[dict[str, Any]]:
 
 
 def finish_succeeded(
-    session: Session, claim: Claim, *, artifacts: Sequence[dict[str, Any]], metrics: dict[str, Any]
+    session: Session, claim: Claim, *, artifacts: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]
 ) -> Job:
-    """The manifest is written: the job is done, also where a cancel came too late."""
+    """The manifests are written: the job is done, also where a cancel came too late."""
     job, at = end_unit(session, claim, UnitStatus.SUCCEEDED, nbytes_done=Unit.nbytes_total)
     if job.status == JobStatus.CANCELLING:
         data = log_data("cancel_too_late", "the result was complete before the cancel reached its worker")
         append_event(session, job, EventType.LOG, data, at)
     for artifact in artifacts:
         append_event(session, job, EventType.ARTIFACT, artifact, at)
-    result = {"artifacts": list(artifacts), "metrics": metrics}
+    result = {"outputs": list(outputs), "artifacts": list(artifacts)}
     return end_job(session, job, JobStatus.SUCCEEDED, at, result=result, nbytes_done=job.nbytes_total or 0)
 
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hqq_core import Checkpoint, Recipe, build_plan, finish_checkpoint, quantize_checkpoint, quantize_shard
+from hqq_core import (
+    Checkpoint,
+    Recipe,
+    build_plan,
+    finish_checkpoint,
+    quantize_checkpoint,
+    quantize_shard,
+    verify_folder,
+)
+from hqq_core.convert import write_folding
 from hqq_core.energy import profile
 from hqq_core.formats import FORMATS
 from hqq_core.safetensors_file import DTYPES
@@ -70,6 +79,7 @@ class WriterContract:
         tried = [recipe for recipe in recipes(self.name) if self.hidden % (recipe.group_size or 1) == 0]
         for i, recipe in enumerate([*tried, *self.more]):
             quantize_checkpoint(source, tmp_path / str(i), recipe)
+            verify_folder(tmp_path / str(i), Checkpoint.open(source))
             read = self.read(tmp_path / str(i), DTYPES[dtype])
             solved = dequantized(source, recipe, energies, self.arithmetic)
             assert read.keys() == solved.keys()
@@ -85,6 +95,7 @@ class WriterContract:
         plan = build_plan(checkpoint, self.recipe)
         energies = profile(checkpoint, "auto" if plan.recipe.weighted else "none")
         plan = plan.with_energies(energies)
+        write_folding(plan, energies, tmp_path / "backwards")
         results = [*(quantize_shard(checkpoint, [plan], i, tmp_path / "backwards", energies)[0] for i in (2, 0, 1))]
         again = results.pop(1).index  # one of them twice
         results += quantize_shard(checkpoint, [plan], again, tmp_path / "backwards", energies)

@@ -102,7 +102,7 @@ class TestCompressedTensors(WriterContract):
 
     def test_zero_points_are_solved_as_integers(self):
         writer = FORMATS[self.name]
-        spec = writer.tensor_spec(check_recipe(Recipe()), "BF16")
+        spec = writer.tensor_spec(check_recipe(Recipe()), "m.weight", (64, 128), "BF16")
         W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
         solved = quantize(W, spec)
         real = quantize(W, dataclasses.replace(spec, zero="float"))

@@ -24,6 +24,10 @@ from tests.hqq_core.formats.contract import recipes
 from tests.layouts import LAYOUTS
 
 every_format = pytest.mark.parametrize("name", FORMATS)
+# Settings of the others follow from a type, and names from a model: tests of their own.
+every_format_by_settings = pytest.mark.parametrize(
+    "name", [name for name, writer in FORMATS.items() if not writer.capabilities.types]
+)
 ROWS = st.one_of(st.sampled_from([1, 7, 8, 31, 32, 33, 64, 65]), st.integers(1, 100))
 
 
@@ -56,14 +60,14 @@ def random_tensor(
     )
 
 
-@every_format
+@every_format_by_settings
 @given(data=st.data())
 def test_all_that_is_stored_comes_back_bit_for_bit(name, data):
     """Also where rows fill no word: then it comes back, or the tensor is refused with a reason."""
     writer = FORMATS[name]
     recipe = data.draw(st.sampled_from(recipes(name)))
     dtype = data.draw(st.sampled_from(sorted(writer.scale_dtypes)))
-    spec = writer.tensor_spec(check_recipe(recipe), dtype)
+    spec = writer.tensor_spec(check_recipe(recipe), "m.weight", (64, 128), dtype)
     rows, groups = data.draw(ROWS), data.draw(st.integers(1, 3))
     along = groups * (recipe.group_size or data.draw(st.sampled_from([8, 40, 65])))
     shape = (rows, along) if spec.axis == 1 else (along, rows)
@@ -82,7 +86,7 @@ def test_all_that_is_stored_comes_back_bit_for_bit(name, data):
     assert torch.equal(torch.as_tensor(decoded.zero).reshape(-1).to(zero.dtype), zero.reshape(-1))
 
 
-@every_format
+@every_format_by_settings
 def test_refusals_are_drawn_from_the_data(name):
     held, good = FORMATS[name].capabilities, recipes(name)[0]
     sizes = {*held.group_sizes, *([None] if held.whole_channel else [])}
@@ -100,7 +104,7 @@ def test_refusals_are_drawn_from_the_data(name):
             assert caught.value.field == field
 
 
-@every_format
+@every_format_by_settings
 def test_every_setting_that_the_data_names_passes(name):
     for recipe in recipes(name):
         spec = check_recipe(recipe)
@@ -108,7 +112,7 @@ def test_every_setting_that_the_data_names_passes(name):
         assert spec.zero == (recipe.zero or FORMATS[name].capabilities.zeros[recipe.nbits][0])
 
 
-@every_format
+@every_format_by_settings
 def test_formats_that_a_refusal_names_hold_the_recipe(name):
     for nbits in NBITS:
         recipe = dataclasses.replace(recipes(name)[0], nbits=nbits, zero=None)
@@ -121,7 +125,7 @@ def test_formats_that_a_refusal_names_hold_the_recipe(name):
             assert set(others) <= holders
 
 
-@every_format
+@every_format_by_settings
 def test_its_config_is_json_and_names_the_method(name):
     writer = FORMATS[name]
     spec = check_recipe(recipes(name)[0])
@@ -140,7 +144,9 @@ def test_runtimes_have_versions(name):
 def test_a_refusal_computes_who_else_holds_it():
     with pytest.raises(FormatError) as caught:
         check_recipe(Recipe(format="awq", nbits=3))
-    assert str(caught.value) == ("nbits 3: format 'awq' holds 4; formats 'compressed-tensors', 'hqq', 'mlx' hold it")
+    assert str(caught.value) == (
+        "nbits 3: format 'awq' holds 4; formats 'compressed-tensors', 'hqq', 'mlx', 'gguf' hold it"
+    )
     with pytest.raises(FormatError, match="; no other format holds all that is asked"):
         check_recipe(Recipe(format="hqq", zero="offset", group_size=16))
 

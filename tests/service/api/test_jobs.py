@@ -65,7 +65,7 @@ def test_submitted_job_is_queued_and_sent(api, body, settings):
     assert response.headers["retry-after"] == "2"
     assert job["object"] == "job"
     assert (job["status"], job["phase"], job["progress"], job["error"], job["result"]) == ("queued", *[None] * 4)
-    assert job["recipe"] == Recipe(nbits=4).to_dict()
+    assert job["recipes"] == [Recipe(nbits=4).to_dict()]
     assert job["labels"] == {"team": "search"}
     assert job["source"] == body["source"]
     assert api.get(response.headers["location"]).json() == job
@@ -76,6 +76,23 @@ def test_submitted_job_is_queued_and_sent(api, body, settings):
     broker.close()
 
 
+def test_a_job_of_several_recipes_shows_them_in_order(api, body):
+    recipes = [{"format": "mlx", "nbits": 6}, {"format": "hqq", "nbits": 3, "preset": "best"}]
+    response = api.post("/v1/jobs", json=body | {"recipes": recipes})
+    assert response.status_code == 202, response.text
+    assert response.json()["recipes"] == [Recipe(**recipe).to_dict() for recipe in recipes]
+
+
+def test_one_recipe_is_one_however_it_is_said(api, body):
+    said = [{}, {"recipe": {}}, {"recipe": None}, {"recipes": [{}]}, {"recipes": None, "recipe": {"nbits": 4}}]
+    answers = [api.post("/v1/jobs", json=body | recipe, headers={"Idempotency-Key": "k"}) for recipe in said]
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert answers[0].json()["recipes"] == [Recipe().to_dict()]
+    other = api.post("/v1/jobs", json=body | {"recipes": [{}, {"format": "mlx"}]}, headers={"Idempotency-Key": "k"})
+    assert other.json()["code"] == "idempotency_key_reused"
+
+
 def test_recipe_body_is_the_librarys_recipe():
     assert RecipeBody().model_dump() == Recipe().to_dict()
     assert set(RecipeBody.model_fields) == {field.name for field in dataclasses.fields(Recipe)}
@@ -83,7 +100,7 @@ def test_recipe_body_is_the_librarys_recipe():
 
 @pytest.mark.parametrize(("nbits", "shown"), [(3, "3"), (4.0, "4"), (1.58, "1.58")])
 def test_bits_are_whole_or_ternary(submit, nbits, shown):
-    assert json.dumps(submit(recipe={"format": "hqq", "nbits": nbits})["recipe"]["nbits"]) == shown
+    assert json.dumps(submit(recipe={"format": "hqq", "nbits": nbits})["recipes"][0]["nbits"]) == shown
 
 
 @pytest.mark.parametrize(
@@ -93,7 +110,7 @@ def test_bits_are_whole_or_ternary(submit, nbits, shown):
         ({"recipe": {"bits": 4}}, "extra_forbidden", "/recipe/bits"),
         ({"recipe": {"nbits": "4"}}, "float_type", "/recipe/nbits"),
         ({"recipe": {"nbits": True}}, "float_type", "/recipe/nbits"),
-        ({"recipe": {"nbits": 7}}, "invalid_setting", "/recipe/nbits"),
+        ({"recipe": {"nbits": 9}}, "invalid_setting", "/recipe/nbits"),
         ({"recipe": {"nbits": 1.5, "format": "hqq"}}, "invalid_setting", "/recipe/nbits"),
         ({"recipe": {"preset": "slow"}}, "literal_error", "/recipe/preset"),
         ({"recipe": {"energy": "solar"}}, "literal_error", "/recipe/energy"),
@@ -102,6 +119,20 @@ def test_bits_are_whole_or_ternary(submit, nbits, shown):
         ({"recipe": {"nbits": 1, "format": "compressed-tensors"}}, "format_cannot_hold", "/recipe/nbits"),
         ({"recipe": {"format": "gguf"}}, "format_cannot_hold", "/recipe/format"),
         ({"recipe": {"skip_modules": [""]}}, "string_too_short", "/recipe/skip_modules/0"),
+        ({"recipes": [{}, {"format": "hqq"}], "recipe": {}}, "conflict", "/recipes"),
+        ({"recipes": []}, "too_short", "/recipes"),
+        (
+            {"recipes": [{"nbits": n, "format": "hqq"} for n in (1, 1.58, 2, 3, 4, 5, 6, 8)] + [{}]},
+            "too_long",
+            "/recipes",
+        ),
+        ({"recipes": [{}, {"nbits": 9}]}, "invalid_setting", "/recipes/1/nbits"),
+        ({"recipes": [{}, {"nbits": "4"}]}, "float_type", "/recipes/1/nbits"),
+        ({"recipes": [{"nbits": 1, "format": "awq"}, {}]}, "format_cannot_hold", "/recipes/0/nbits"),
+        ({"recipes": [{}, {"format": "gguf"}]}, "format_cannot_hold", "/recipes/1/format"),
+        ({"recipes": [{}, {"format": "mlx", "energy": "none"}]}, "invalid_setting", "/recipes/1/energy"),
+        ({"recipes": [{}, {"format": "mlx"}, {}]}, "invalid_setting", "/recipes/2/format"),
+        ({"recipes": [{}, {"skip_modules": ["o_proj"]}]}, "invalid_setting", "/recipes/1/skip_modules"),
         ({"labels": {"a b": "x"}}, "string_pattern_mismatch", "/labels/a b/[key]"),
         ({"labels": {"a/b~c": "x"}}, "string_pattern_mismatch", "/labels/a~1b~0c/[key]"),
         ({"labels": {"a": "x\0"}}, "string_pattern_mismatch", "/labels/a"),
@@ -237,7 +268,7 @@ def test_first_answer_stands_where_the_body_would_now_be_refused(api, body, sett
 def test_key_of_another_body_is_told_of_before_what_is_wrong_with_this_one(api, body):
     headers = {"Idempotency-Key": "k"}
     api.post("/v1/jobs", json=body, headers=headers)
-    response = api.post("/v1/jobs", json=body | {"recipe": {"nbits": 7}}, headers=headers)
+    response = api.post("/v1/jobs", json=body | {"recipe": {"nbits": 9}}, headers=headers)
     assert (response.status_code, response.json()["code"]) == (422, "idempotency_key_reused")
 
 
@@ -435,6 +466,21 @@ def test_artifacts_are_listed(api, submit, done):
     }
     assert api.get(f"/v1/jobs/{done}").json()["result"]["artifacts"] == listed
     assert api.get(f"/v1/jobs/{submit()['id']}/artifacts").json()["data"] == []
+
+
+def test_artifacts_of_several_outputs_lie_in_their_folders(api, api_hand, submit, settings):
+    job = submit(recipes=[{"format": "mlx"}, {"format": "hqq"}])
+    api_hand.plan(10), api_hand.solve()
+    files = {"mlx-4bit-g64/config.json": b"{}", "hqq-4bit-g64/config.json": b'{"hqq": 1}'}
+    for name, content in files.items():
+        path = ArtifactStore(settings.data_dir).output(job["id"]) / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    api_hand.finish(*({"name": n, "nbytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()))
+    listed = api.get(f"/v1/jobs/{job['id']}/artifacts").json()["data"]
+    assert [file["name"] for file in listed] == list(files)
+    assert {name: api.get(f"/v1/jobs/{job['id']}/artifacts/{name}").content for name in files} == files
+    assert api.get(f"/v1/jobs/{job['id']}/artifacts/config.json").status_code == 404
 
 
 def test_download_is_whole_and_checkable(api, done):

@@ -56,6 +56,13 @@ def test_public_names_are_all_there():
     assert list(service.client.__all__) == sorted(service.client.__all__)
 
 
+def test_several_recipes_are_one_job(sdk, root):
+    job = sdk.submit(root / "tiny", recipes=[{"format": "mlx"}, {"format": "metal"}])
+    assert [recipe["format"] for recipe in job["recipes"]] == ["mlx", "metal"]
+    with pytest.raises(InvalidRequestError, match="recipe and recipes exclude each other"):
+        sdk.submit(root / "tiny", {}, recipes=[{}])
+
+
 def test_client_loads_nothing_heavy():
     code = (
         "import service.client, sys; print({'torch', 'sqlalchemy', 'celery', 'pydantic', 'fastapi'} & set(sys.modules))"

@@ -35,7 +35,9 @@ class JobTable(RuleBasedStateMachine):
         self.claims = []
         self.seen = JobStatus.QUEUED
         with self.database.write() as session:
-            self.job_id = repository.insert_job(session, source={}, recipe={}, labels={}, priority=5, max_attempts=2).id
+            self.job_id = repository.insert_job(
+                session, source={}, recipes=[{}], labels={}, priority=5, max_attempts=2
+            ).id
 
     def teardown(self):
         if hasattr(self, "database"):
@@ -74,7 +76,7 @@ class JobTable(RuleBasedStateMachine):
                 case UnitKind.SHARD:
                     repository.shard_succeeded(session, claim, {}, nbytes_out=5)
                 case UnitKind.FINISH:
-                    repository.finish_succeeded(session, claim, artifacts=[], metrics={})
+                    repository.finish_succeeded(session, claim, artifacts=[], outputs=[])
 
         self.write(act, self.take(pick))
 

@@ -19,6 +19,7 @@ from service.common.models import Event, IdempotencyRecord, Job, Lease, Outbox, 
 from service.common.repository import JobFilter
 from service.common.repository.job_row import change_job, move_job
 from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
+from tests.service.conftest import OUTPUT
 
 ERROR = JobError("broken", "system", "it broke", True)
 WAIT = {"backoff_s": 0.0, "backoff_limit_s": 0.0}
@@ -87,13 +88,13 @@ def test_job_goes_from_queued_to_succeeded(database, hand):
     artifact = {"name": "model.safetensors", "nbytes": 120, "sha256": "0" * 64}
     job = hand.finish(artifact)
     assert job.status == JobStatus.SUCCEEDED
-    assert job.result == {"artifacts": [artifact], "metrics": {"bits_per_weight": 4.5}}
+    assert job.result == {"outputs": [OUTPUT], "artifacts": [artifact]}
     assert job.durations["profile"] is None
     assert all(seconds >= 0 for phase, seconds in job.durations.items() if phase != "profile")
     events = hand.events(job)
     assert [data["status"] for type, data in events if type == "status"] == ["queued", *["running"] * 3, "succeeded"]
     assert [type for type, _ in events][-3:] == ["artifact", "status", "done"]
-    assert events[-1][1] == {"status": "succeeded", "metrics": {"bits_per_weight": 4.5}}
+    assert events[-1][1] == {"status": "succeeded", "outputs": [OUTPUT]}
     assert count(database, Outbox) == 0
 
 
@@ -347,7 +348,7 @@ def test_result_complete_before_the_cancel_stands(database, hand):
     claim = hand.claim()
     assert hand.cancel(job).status == JobStatus.CANCELLING
     with database.write() as session:
-        job = repository.finish_succeeded(session, claim, artifacts=[], metrics={})
+        job = repository.finish_succeeded(session, claim, artifacts=[], outputs=[])
     assert job.status == JobStatus.SUCCEEDED
     assert "cancel_too_late" in actions(hand.events(job))
 

@@ -1,14 +1,15 @@
+import json
 import subprocess
 import sys
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, select, update
+from sqlalchemy import inspect, text
 
 from hqq_core.recipe import Recipe
 from service.common.errors import NotMigrated, Unavailable
-from service.common.models import Base, Job
+from service.common.models import Base
 from service.common.schema import check_head, downgrade, migrate
 from service.common.session import Database
 from service.common.status import JobStatus
@@ -55,16 +56,74 @@ def test_stored_recipes_follow_the_library(database, hand):
 
     def store(recipe):
         with database.write() as session:
-            session.execute(update(Job).where(Job.id == job.id).values(recipe=recipe))
+            session.execute(text("UPDATE jobs SET recipe = :recipe"), {"recipe": json.dumps(recipe)})
 
+    downgrade(database, "0003")
     store(Recipe().to_dict())
     downgrade(database, "0001")
     with database.read() as session:
-        assert session.scalar(select(Job.recipe)) == known
+        assert read(session.scalar(text("SELECT recipe FROM jobs"))) == known
     store({**known, "iters": 10})
     migrate(database)
-    assert hand.get(job).recipe == known
+    assert hand.get(job).recipes == [known]
     assert Recipe.from_dict(known) == Recipe()
+
+
+def test_a_job_of_one_recipe_becomes_one_of_a_list(database, hand):
+    recipe = {name: value for name, value in Recipe(format="hqq").to_dict().items() if name != "type"}
+    metrics = {"relative_error": 0.1234567890123456789, "bits_per_weight": 4.5, "worst_tensors": [], "energy_note": "é"}
+    artifact = {"name": "model.safetensors", "nbytes": 120, "sha256": "0" * 64}
+    done, running = hand.insert(), hand.insert()
+    downgrade(database, "0003")
+    result = {"artifacts": [artifact], "metrics": metrics}
+    over = {"status": "succeeded", "metrics": metrics}
+    with database.write() as session:
+        write = "UPDATE jobs SET recipe = :recipe"
+        session.execute(text(write), {"recipe": json.dumps(recipe)})
+        session.execute(
+            text("UPDATE jobs SET result = :result WHERE id = :id"), {"result": json.dumps(result), "id": done.id}
+        )
+        for seq, data in enumerate([over, {"status": "cancelled"}], 2):
+            values = {"id": done.id, "seq": seq, "data": json.dumps(data)}
+            session.execute(
+                text(
+                    "INSERT INTO events (job_id, seq, type, data, created_at) "
+                    "VALUES (:id, :seq, 'done', :data, CURRENT_TIMESTAMP)"
+                ),
+                values,
+            )
+    migrate(database)
+    output = {"folder": "", "format": "hqq", "metrics": metrics}
+    assert [hand.get(job).recipes for job in (done, running)] == [[recipe]] * 2
+    assert hand.get(done).result == {"outputs": [output], "artifacts": [artifact]}
+    assert hand.get(running).result is None
+    ended = [data for type, data in hand.events(done) if type == "done"]
+    assert ended == [{"status": "succeeded", "outputs": [output]}, {"status": "cancelled"}]
+    downgrade(database, "0003")
+    with database.read() as session:
+        kept = session.execute(text("SELECT recipe, result FROM jobs WHERE result IS NOT NULL")).one()
+        stored = session.scalars(text("SELECT data FROM events WHERE type = 'done' ORDER BY seq")).all()
+    assert [read(value) for value in (*kept, *stored)] == [recipe, result, over, {"status": "cancelled"}]
+    migrate(database)
+
+
+def test_an_older_library_takes_recipes_without_a_type(database, hand):
+    recipes = [Recipe(format="hqq", nbits=1.58), Recipe()]
+    job = hand.insert()
+    with database.write() as session:
+        stored = json.dumps([recipe.to_dict() for recipe in recipes])
+        session.execute(text("UPDATE jobs SET recipes = :recipes"), {"recipes": stored})
+    downgrade(database, "0004")
+    with database.read() as session:
+        kept = read(session.scalar(text("SELECT recipes FROM jobs")))
+    known = [{name: value for name, value in recipe.to_dict().items() if name != "type"} for recipe in recipes]
+    assert kept == known
+    migrate(database)
+    assert [Recipe.from_dict(recipe) for recipe in hand.get(job).recipes] == recipes
+
+
+def read(stored):
+    return json.loads(stored) if isinstance(stored, str) else stored  # SQLite has no type for it
 
 
 def test_two_may_migrate_at_once(database_url):

@@ -1,0 +1,154 @@
+"""verify_folder(): a result read again, from its files alone, by readers that share no code with what wrote it.
+
+Three questions: are the files those of the manifest; does a reader of the format find what was solved, tensor by tensor, to the
+last stored bit; and, with the source, is the error of each tensor the reported one and each copy a copy? A thread looks at one
+tensor, a few rows at a time, so that memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hqq_core.checkpoint import CONFIG, FOLDING, REPORT, Checkpoint
+from hqq_core.errors import VerificationError
+from hqq_core.results import ArtifactFile, Manifest
+from hqq_core.verify._check import Count, check_copied, check_quantized
+from hqq_core.verify._expected import Expected, path_in, read_expected, read_json, read_manifest
+from hqq_core.verify._result import Result, SafetensorsResult
+from hqq_core.verify._source import Source
+from hqq_core.verify._threads import run
+from hqq_core.verify._weights import PIECE_NBYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A sound result, in figures.
+
+    Parameters
+    ----------
+    files, nbytes : int
+        Of the manifest.
+    tensors_quantized, tensors_copied, weights_quantized : int
+    against_source : bool
+    error_deviation : float or None
+        Largest difference between a tensor's reported relative error and the one found against the source; None without one.
+    """
+
+    files: int
+    nbytes: int
+    tensors_quantized: int
+    tensors_copied: int
+    weights_quantized: int
+    against_source: bool
+    error_deviation: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def verify_folder(
+    folder: Path,
+    source: Checkpoint | None = None,
+    *,
+    manifest: Manifest | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verified:
+    """Read a result again and compare it with what was solved and, where it is given, with its source.
+
+    Parameters
+    ----------
+    folder : Path
+        A result of `quantize_checkpoint`, or of a job.
+    source : Checkpoint, optional
+        What it was made of.
+    manifest : Manifest, optional
+        Default: the folder's own.
+    threads : int, optional
+        Default: one per core.
+    progress : callable, optional
+        Gets steps done and in total (bytes of files, and quantized weights); called in this thread, and what it raises stops
+        the work.
+
+    Returns
+    -------
+    Verified
+
+    Raises
+    ------
+    VerificationError
+        Names the tensor or file that is not what it should be, with what was got and wanted.
+    CheckpointError
+        No result, or a source that cannot be read.
+    """
+    manifest = manifest or read_manifest(folder)
+    files = {file.name: path_in(folder, file.name) for file in manifest.files}
+    for file in manifest.files:
+        if (nbytes := files[file.name].stat().st_size) != file.nbytes:
+            raise VerificationError(file.name, f"{nbytes} bytes: wanted {file.nbytes}")
+    expected = read_expected(path_in(folder, REPORT))
+    result = SafetensorsResult.of(folder, files, read_json(path_in(folder, CONFIG)))
+    against = Source.of(source, files.get(FOLDING)) if source else None
+    if against:
+        against.check(expected)
+    # tensors first: where a file is not what it was, they say what in it
+    checks = [
+        *_tensor_checks(expected, result, against),
+        *(_file_check(file, files) for file in manifest.files),
+    ]
+    total = _work(manifest, expected, against)
+    deviations = run(checks, threads or os.cpu_count() or 1, (lambda done: progress(done, total)) if progress else None)
+    quantized = [tensor for tensor in expected if tensor.quantized]
+    return Verified(
+        files=len(manifest.files),
+        nbytes=sum(file.nbytes for file in manifest.files),
+        tensors_quantized=len(quantized),
+        tensors_copied=len(expected) - len(quantized),
+        weights_quantized=sum(tensor.numel for tensor in quantized),
+        against_source=source is not None,
+        error_deviation=max((d for d in deviations if d is not None), default=None),
+    )
+
+
+def _tensor_checks(
+    expected: list[Expected], result: Result, source: Source | None
+) -> list[Callable[[Count], float | None]]:
+    """One check for each tensor of the source; all that is stored belongs to one of them."""
+    checks: list[Callable[[Count], float | None]] = []
+    for tensor in expected:
+        if tensor.quantized:
+            checks.append(functools.partial(check_quantized, result.weight(tensor), tensor, source))
+        else:
+            checks.append(functools.partial(check_copied, result.copy(tensor), tensor, source))
+    result.check_all_taken()
+    return checks
+
+
+def _file_check(file: ArtifactFile, files: dict[str, Path]) -> Callable[[Count], None]:
+    return functools.partial(_check_file, file, files[file.name])
+
+
+def _check_file(file: ArtifactFile, path: Path, count: Count) -> None:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_NBYTES))
+    with path.open("rb", buffering=0) as opened:
+        while got := opened.readinto(buffer):
+            digest.update(buffer[:got])
+            count(got)
+    if digest.hexdigest() != file.sha256:
+        raise VerificationError(file.name, f"sha256 {digest.hexdigest()}: wanted {file.sha256}")
+
+
+def _work(manifest: Manifest, expected: list[Expected], source: Source | None) -> int:
+    """What all checks count."""
+    quantized = sum(tensor.numel for tensor in expected if tensor.quantized)
+    copied = [tensor for tensor in expected if not tensor.quantized]
+    nbytes = sum(tensor.nbytes * (2 if source and not tensor.folded else 1) for tensor in copied)
+    return sum(file.nbytes for file in manifest.files) + quantized + nbytes
