@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="formats and runtimes, by name")
     parser.add_argument("--fast", action="store_true", help="one cell for each format in a runtime")
-    parser.add_argument("--tokens", type=int, default=1024, help="of text for a real model, a multiple of 128")
+    parser.add_argument("--tokens", type=int, default=256, help="of text for a real model, a multiple of 128")
     parser.add_argument("--resume", action="store_true", help="keep what agreed in the last run, and run the rest")
     parser.add_argument(
         "--write", action="store_true", help="put all lines, those of a resumed run too, into docs/formats.md"

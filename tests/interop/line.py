@@ -95,7 +95,7 @@ def compared(
     said = tuple(map(perplexity, (source.logprobs(wanted), got_logprobs)))
     cells = (
         f"{largest:.1e}" + ("" if agreed else " **differs**"), f"{mean:.1e}", f"{rounding:.1e}" if rounding else "–",
-        f"{source.perplexity:.2f} → {said[0]:.2f}, {said[1]:.2f}" if source.real else "–",
+        f"{source.perplexity:.4g} → {said[0]:.4g}, {said[1]:.4g}" if source.real else "–",
         same_until(answer.greedy, reference.greedy(arithmetic)), f"{seconds:.0f}",
     )  # fmt: skip
     return Line(runtime.name, source.name, recipe, agreed, cells, answer.layers, answer.versions)
@@ -114,10 +114,10 @@ def same_until(got: list[int], wanted: list[int]) -> str:
 
 
 def table(lines: Iterable[Line]) -> str:
-    """All lines, in Markdown, under what was run."""
-    lines = list(lines)
+    """All lines, in Markdown, by runtime, under what was run."""
+    lines = sorted(lines, key=lambda line: (line.runtime, line.model, line.recipe.format))
     versions = {line.runtime: line.versions for line in lines if line.versions}
-    layers = {line.runtime: line.note for line in lines if line.agreed}
+    layers = {line.runtime: line.note for line in reversed(lines) if line.agreed}
     said = [
         f"- {name}: {', '.join(f'{package} {version}' for package, version in found.items())}; {layers.get(name, '')}"
         for name, found in versions.items()
