@@ -19,8 +19,9 @@ from typing import Any
 from hqq_core.checkpoint import CONFIG, FOLDING, REPORT, Checkpoint
 from hqq_core.errors import VerificationError
 from hqq_core.results import ArtifactFile, Manifest
-from hqq_core.verify._check import Count, check_copied, check_quantized
+from hqq_core.verify._check import Count, check_quantized
 from hqq_core.verify._expected import Expected, path_in, read_expected, read_json, read_manifest
+from hqq_core.verify._gguf import GGUF, GgufResult
 from hqq_core.verify._result import Result, SafetensorsResult
 from hqq_core.verify._source import Source
 from hqq_core.verify._threads import run
@@ -95,7 +96,7 @@ def verify_folder(
         if (nbytes := files[file.name].stat().st_size) != file.nbytes:
             raise VerificationError(file.name, f"{nbytes} bytes: wanted {file.nbytes}")
     expected = read_expected(path_in(folder, REPORT))
-    result = SafetensorsResult.of(folder, files, read_json(path_in(folder, CONFIG)))
+    result = _result(folder, files)
     against = Source.of(source, files.get(FOLDING)) if source else None
     if against:
         against.check(expected)
@@ -118,6 +119,13 @@ def verify_folder(
     )
 
 
+def _result(folder: Path, files: dict[str, Path]) -> Result:
+    """One GGUF file, or safetensors files as config.json has them."""
+    if whole := [path for name, path in files.items() if name.endswith(GGUF)]:
+        return GgufResult.of(whole[0])
+    return SafetensorsResult.of(folder, files, read_json(path_in(folder, CONFIG)))
+
+
 def _tensor_checks(
     expected: list[Expected], result: Result, source: Source | None
 ) -> list[Callable[[Count], float | None]]:
@@ -127,7 +135,7 @@ def _tensor_checks(
         if tensor.quantized:
             checks.append(functools.partial(check_quantized, result.weight(tensor), tensor, source))
         else:
-            checks.append(functools.partial(check_copied, result.copy(tensor), tensor, source))
+            checks.append(result.copied(tensor, source))
     result.check_all_taken()
     return checks
 

@@ -65,7 +65,7 @@ def _check_matrix(matrix: Matrix, expected: Expected, source: Source | None, cou
         count((stop - start) * n_columns)
     for part in matrix.trailer():
         digest.update(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
-    _check_digest(expected, digest.hexdigest(), "what was solved")
+    check_digest(expected, digest.hexdigest(), "what was solved")
     if not source:
         return None
     return _check_error(expected, squared_error, squared_norm, matrix.shift_norm())
@@ -76,20 +76,27 @@ def check_copied(stored: StoredTensor, expected: Expected, source: Source | None
     found, wanted = (stored.dtype, stored.shape), (expected.dtype, expected.shape)
     if found != wanted:
         raise VerificationError(expected.name, f"{found[0]} of shape {found[1]}: wanted {wanted[0]} of {wanted[1]}")
-    digest, same = hashlib.sha256(), hashlib.sha256()
+    digest = hashlib.sha256()
     for piece in stored.pieces():
         digest.update(piece)
         count(len(piece))
-    _check_digest(expected, digest.hexdigest(), "what was copied" if not expected.folded else "what was folded")
+    check_digest(expected, digest.hexdigest(), "what was copied" if not expected.folded else "what was folded")
     if source and not expected.folded:
-        for piece in source.pieces(expected):
-            same.update(piece)
-            count(len(piece))
-        if same.digest() != digest.digest():
-            raise VerificationError(expected.name, "its bytes are not the source's: wanted a copy")
+        check_bytes(expected, digest.digest(), source, count)
 
 
-def _check_digest(expected: Expected, digest: str, what: str) -> None:
+def check_bytes(expected: Expected, digest: bytes, source: Source, count: Count) -> None:
+    """A VerificationError unless the source's bytes have this SHA-256."""
+    same = hashlib.sha256()
+    for piece in source.pieces(expected):
+        same.update(piece)
+        count(len(piece))
+    if same.digest() != digest:
+        raise VerificationError(expected.name, "its bytes are not the source's: wanted a copy")
+
+
+def check_digest(expected: Expected, digest: str, what: str) -> None:
+    """A VerificationError unless the report has this one."""
     if digest != expected.digest:
         raise VerificationError(expected.name, f"digest {digest[:16]}: wanted {expected.digest[:16]}, of {what}")
 

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from hqq_core.checkpoint import CONFIG, INDEX, SINGLE
 from hqq_core.errors import VerificationError
+from hqq_core.verify._check import Count, check_copied
 from hqq_core.verify._expected import Expected, read_json
 from hqq_core.verify._matrix import Matrix
+from hqq_core.verify._source import Source
 from hqq_core.verify._weights import StoredTensor, read_tensors
 from hqq_core.verify.readers import Module, Reader, left_alone, reader_of
 
@@ -24,8 +26,8 @@ class Result(Protocol):
     def weight(self, tensor: Expected) -> Callable[[], Matrix]:
         """A quantized one, to be read when its turn comes."""
 
-    def copy(self, tensor: Expected) -> StoredTensor:
-        """One that was not quantized."""
+    def copied(self, tensor: Expected, source: Source | None) -> Callable[[Count], None]:
+        """The check of one that was not quantized."""
 
     def check_all_taken(self) -> None:
         """A VerificationError where a tensor is left."""
@@ -71,9 +73,9 @@ class SafetensorsResult:
         found = {part: self._take(f"{tensor.module}.{part}") for part in self.reader.parts}
         return functools.partial(self.reader.read, Module(tensor.module, found))
 
-    def copy(self, tensor: Expected) -> StoredTensor:
+    def copied(self, tensor: Expected, source: Source | None) -> Callable[[Count], None]:
         """Under its own name."""
-        return self._take(tensor.name)
+        return functools.partial(check_copied, self._take(tensor.name), tensor, source)
 
     def check_all_taken(self) -> None:
         """Names the first one that is left."""

@@ -1,5 +1,7 @@
 """Real models through other people's loaders: SmolLM2-135M and MiniLM, from their packages."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from hqq_core.energy import Energies, profile
 from hqq_core.errors import CheckpointError
 from hqq_core.evaluate import compare, generate, load_model, tokenize
 from tests.models import cached, english
-from tests.oracles import compressed_tensors_weights, hqq_layers, stored_tensors
-from tests.solved import dequantized
+from tests.oracles import compressed_tensors_weights, gguf_model, gguf_types, hqq_layers, stored_tensors
+from tests.solved import dequantized, stored_as
 
 PROMPT = "The capital of France is"
 
@@ -57,6 +59,30 @@ def test_hqq_in_the_hqq_library(smollm2, energies, tmp_path):
     comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))
     assert comparison.kl < 0.45
     assert "Paris" in generate(model, smollm2, PROMPT, n_tokens=8)
+
+
+def test_gguf_in_transformers(smollm2, energies, tmp_path):
+    """576 columns fill no super-block: Q4_K_M is blocks of 32 but for what meets 1536; tests/interop has llama.cpp."""
+    from transformers import AutoTokenizer
+
+    recipe = Recipe(format="gguf")
+    quantize_checkpoint(smollm2, tmp_path / "out", recipe)
+    types = gguf_types(tmp_path / "out")
+    assert Counter(types.values()) == {"Q5_0": 166, "F32": 61, "Q4_K": 16, "Q8_0": 15, "Q6_K": 14}
+    model = gguf_model(tmp_path / "out")
+    state = model.state_dict()
+    for name, weight in stored_as(smollm2, recipe, energies).items():
+        assert torch.equal(weight, state[name]), name
+    comparison = compare(load_model(smollm2), model, tokenize(smollm2, english(), 512))
+    assert comparison.kl < 0.1
+    assert "Paris" in generate(model, smollm2, PROMPT, n_tokens=8)
+    read = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    source = AutoTokenizer.from_pretrained(smollm2)
+    words = re.sub(
+        r"\d", "", english()[:20_000]
+    )  # transformers reads no pre-tokenizer of its own kind from a GGUF file
+    assert read(words)["input_ids"] == source(words)["input_ids"]
+    assert read.chat_template == source.chat_template
 
 
 def test_input_energies_lower_the_divergence(smollm2, tmp_path):

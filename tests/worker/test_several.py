@@ -9,15 +9,14 @@ import pytest
 from hqq_core import convert
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.convert import quantize_checkpoint
-from hqq_core.formats import FORMATS
 from hqq_core.outputs import output_folders
 from hqq_core.plan import build_plan
 from hqq_core.recipe import Recipe
 from service.common import repository
 from service.common.models import Job
 from service.common.status import JobStatus, UnitKind
-from tests.checkpoints import folder_bytes
-from tests.onefile import OneFileWriter
+from tests.checkpoints import VOCABULARY, folder_bytes
+from tests.vocabularies import save_tokenizer
 from tests.worker.conftest import Foreman
 from worker.reaper import reap
 from worker.workplace import Workplace
@@ -30,9 +29,10 @@ RECIPES = [
 
 
 @pytest.fixture
-def one_file(monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setitem(FORMATS, "one-file", OneFileWriter())
-    return Recipe(format="one-file", energy="analytic")
+def one_file(source: Path) -> Recipe:
+    """Parts that the finish joins."""
+    save_tokenizer(source, "gpt-2", VOCABULARY)
+    return Recipe(format="gguf", type="Q4_1", energy="analytic")
 
 
 def as_alone(foreman: Foreman, job: Job, source: Path, recipes: list[Recipe], tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_finish_of_one_file_is_done_again(
     job = foreman.submit(source, one_file, RECIPES[0])
     foreman.run_up_to(UnitKind.FINISH)
     killed_in_next(foreman, monkeypatch, lambda patched: dies_after(patched, convert._folder, step, 0))
-    for part in list(foreman.workplace.store.output(job.id).rglob("*.part1")) if step == "_remove_parts" else []:
+    for part in list(foreman.workplace.store.output(job.id).rglob("*.part-00001-*")) if step == "_remove_parts" else []:
         part.unlink()  # the removal had begun
     foreman.run_all()
     as_alone(foreman, job, source, [one_file, RECIPES[0]], tmp_path)
@@ -140,8 +140,10 @@ def test_room_is_looked_at_for_all_of_them(
     for _ in jobs:
         foreman.run_next()
         plans.append(asked.pop())
-    joined, kept = (build_plan(Checkpoint.open(source), recipe).nbytes_out for recipe in recipes)
-    assert plans == [2 * joined, kept, 2 * joined + kept]  # parts, and the file that is made of them
+    joined, kept = (build_plan(Checkpoint.open(source), recipe) for recipe in recipes)
+    assert joined.finish_nbytes > joined.nbytes_out, "parts, and the file that is made of them"
+    twice = joined.nbytes_out + joined.finish_nbytes
+    assert plans == [twice, kept.nbytes_out, twice + kept.nbytes_out]
 
 
 def dies_after(patched: pytest.MonkeyPatch, where: Any, name: str, calls: int) -> None:

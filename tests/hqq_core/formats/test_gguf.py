@@ -10,11 +10,12 @@ import torch
 from gguf import GGUFReader
 
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint, quantize_shard
-from hqq_core.errors import CheckpointError, FormatError
+from hqq_core.errors import CheckpointError, FormatError, VerificationError
 from hqq_core.formats import check_recipe
 from hqq_core.formats.gguf.file_types import main_type
 from hqq_core.formats.gguf.mixes import Mix
 from hqq_core.safetensors_file import DTYPES
+from hqq_core.verify import verify_folder
 from tests.checkpoints import VOCABULARY, folder_bytes, save_checkpoint
 from tests.families import build
 from tests.hqq_core.formats.contract import WriterContract
@@ -92,6 +93,7 @@ def test_transformers_reads_what_was_solved(tmp_path, name, file_type):
     recipe = Recipe(format="gguf", type=file_type)
     quantize_checkpoint(source, tmp_path / "out", recipe)
     expected = stored_as(source, recipe)
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
     loaded = gguf_model(tmp_path / "out")
     state = loaded.state_dict()
     if "gemma" in name:  # the file has w + 1
@@ -117,6 +119,7 @@ def test_every_type_is_read_as_it_was_solved(tmp_path, file_type):
     source = save_model(tmp_path / "m", "llama", **changes)
     recipe = Recipe(format="gguf", type=file_type, energy="none")
     quantize_checkpoint(source, tmp_path / "out", recipe)
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
     expected = stored_as(source, recipe)
     state, read = gguf_model(tmp_path / "out").state_dict(), gguf_tensors(tmp_path / "out")
     assert not [name for name, value in expected.items() if not torch.equal(state[name], value)]
@@ -132,6 +135,7 @@ def test_a_first_gemma_is_told_by_names(tmp_path):
     source = save_model(tmp_path / "m", "gemma", "gemma", tie_word_embeddings=True)
     recipe = Recipe(format="gguf", type="Q4_1", energy="none")
     quantize_checkpoint(source, tmp_path / "out", recipe)
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
     expected, read = stored_as(source, recipe), gguf_tensors(tmp_path / "out")
     assert torch.equal(read["token_embd.weight"], expected["model.embed_tokens.weight"])
     assert torch.equal(read["blk.1.attn_q.weight"], expected["model.layers.1.self_attn.q_proj.weight"])
@@ -159,6 +163,7 @@ def test_skipped_modules_keep_the_source_s_type(tmp_path):
         format="gguf", type="Q4_1", energy="none", skip_modules=["layers.0.self_attn.q_proj", "embed_tokens"]
     )
     quantize_checkpoint(source, tmp_path / "out", recipe)
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
     types = gguf_types(tmp_path / "out")
     assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == "BF16"
     assert types["blk.1.attn_q.weight"] == "Q4_1"
@@ -172,10 +177,24 @@ def test_biases_of_a_llama_go_the_way_of_their_rows(tmp_path):
     source = save_model(tmp_path / "m", "llama", attention_bias=True, mlp_bias=True)
     recipe = Recipe(format="gguf", type="Q8_0", energy="none")
     quantize_checkpoint(source, tmp_path / "out", recipe)
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
     read, expected = gguf_tensors(tmp_path / "out"), stored_as(source, recipe)
     bias = expected["model.layers.0.self_attn.q_proj.bias"]
     assert torch.equal(read["blk.0.attn_q.bias"], bias.view(4, 2, 8).transpose(1, 2).reshape(-1))
     assert torch.equal(read["blk.0.ffn_down.bias"], expected["model.layers.0.mlp.down_proj.bias"])
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_q.weight", "blk.0.attn_q.bias", "blk.1.ffn_norm.weight", "output.weight"])
+def test_a_byte_that_is_not_what_was_solved_is_found(tmp_path, name):
+    source = save_model(tmp_path / "m", "llama", attention_bias=True)
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format="gguf", type="Q4_1", energy="none"))
+    path = tmp_path / "out" / "model.gguf"
+    place = next(tensor.data_offset for tensor in GGUFReader(path).tensors if tensor.name == name)
+    raw = bytearray(path.read_bytes())
+    raw[place + 5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(VerificationError, match="digest"):
+        verify_folder(tmp_path / "out")
 
 
 def test_a_head_tied_by_the_config_is_left_out(tmp_path):
@@ -183,6 +202,7 @@ def test_a_head_tied_by_the_config_is_left_out(tmp_path):
     config = _config(source) | {"tie_word_embeddings": True}
     (source / "config.json").write_text(json.dumps(config))
     quantize_checkpoint(source, tmp_path / "out", Recipe(format="gguf", type="Q4_1", energy="none"))
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
     assert "output.weight" not in gguf_types(tmp_path / "out")
     assert gguf_types(tmp_path / "out")["token_embd.weight"] == "Q8_0"
 
