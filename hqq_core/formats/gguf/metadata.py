@@ -105,7 +105,9 @@ class Model:
         return bool(self.config.get("tie_word_embeddings", self.family.norm_offset))  # Gemma's are unless said
 
     def check_rows(self, name: str, shape: tuple[int, ...]) -> None:
-        """CheckpointError where a tensor has not as many rows as its place wants."""
+        """CheckpointError where a tensor that has a place has not as many rows as that wants."""
+        if not shape:
+            raise CheckpointError(f"{name}: a single number: wanted one axis or more")
         heads = self._heads(name)
         wanted = heads * self.head_size if heads else shape[0]
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):

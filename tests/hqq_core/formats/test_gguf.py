@@ -207,6 +207,21 @@ def test_a_head_tied_by_the_config_is_left_out(tmp_path):
     assert gguf_types(tmp_path / "out")["token_embd.weight"] == "Q8_0"
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("gemma2", "lm_head.weight", (512, 64)),
+        ("gemma2", "model.layers.1.self_attn.rotary_emb.inv_freq", (8,)),
+        ("qwen2", "model.layers.1.self_attn.rotary_emb.inv_freq", (8,)),
+    ],
+)
+def test_what_has_no_place_is_left_out_also_where_the_family_has_no_name_for_it(tmp_path, family, name, shape):
+    source = save_model(tmp_path / "m", family, shard_size="1GB", tie_word_embeddings=True)
+    save_checkpoint(source, stored_tensors(source) | {name: torch.ones(shape)}, _config(source))
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format="gguf", type="Q4_1", energy="none"))
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
+
+
 KILLED = """
 import resource, signal, sys
 from pathlib import Path
@@ -340,6 +355,15 @@ class TestRefusals:
         source = save_model(tmp_path / "m", "llama", shard_size="1GB")
         save_checkpoint(source, stored_tensors(source) | {"model.extra.weight": torch.zeros(4)}, _config(source))
         with pytest.raises(FormatError, match="model.extra.weight: llama.cpp's llama has no such tensor"):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    @pytest.mark.parametrize("name", ["extra", "model.extra", "model.norm.weight"])
+    def test_a_single_number(self, tmp_path, name):
+        source = save_model(tmp_path / "m", "llama", shard_size="1GB")
+        save_checkpoint(source, stored_tensors(source) | {name: torch.tensor(1.0)}, _config(source))
+        with pytest.raises(
+            (CheckpointError, FormatError), match=f"^{name}: (a single number|llama.cpp's llama has no)"
+        ):
             build_plan(Checkpoint.open(source), Recipe(format="gguf"))
 
     def test_no_tokenizer(self, tmp_path):
