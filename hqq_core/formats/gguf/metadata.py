@@ -309,6 +309,8 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     """As the front matter of the model card has it."""
     if not (checkpoint.folder / "README.md").is_file():
         return None
-    text = b"".join(checkpoint.file_pieces("README.md")).decode(errors="replace")
+    text = next(checkpoint.file_pieces("README.md"), b"").decode(
+        errors="replace"
+    )  # the front matter is in the first piece
     found = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
     return found.group(1) if found else None

@@ -135,7 +135,7 @@ class Tokenizer:
 def _read(checkpoint: Checkpoint, name: str) -> bytes | None:
     if not (checkpoint.folder / name).is_file():
         return None
-    return b"".join(checkpoint.file_pieces(name))
+    return checkpoint.file_bytes(name)
 
 
 def _parsed(raw: bytes, name: str = FILE) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
 from gguf import GGUFReader
 
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint, quantize_shard
+from hqq_core.checkpoint import MAX_CARRIED_NBYTES
 from hqq_core.errors import CheckpointError, FormatError, VerificationError
 from hqq_core.formats import check_recipe
 from hqq_core.formats.gguf.file_types import main_type
@@ -371,6 +373,25 @@ class TestRefusals:
         (source / "tokenizer.json").unlink()
         with pytest.raises(CheckpointError, match="no tokenizer.json in the folder"):
             build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+    def test_a_file_that_is_too_large_is_not_read(self, tmp_path, name):
+        source = save_model(tmp_path / "m", "llama")
+        with (source / name).open("ab") as file:
+            file.truncate(MAX_CARRIED_NBYTES + 1)
+        with pytest.raises(CheckpointError, match=f"{name}: {MAX_CARRIED_NBYTES + 1} bytes: wanted at most"):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    def test_of_a_model_card_no_more_is_read_than_its_front_matter_takes(self, tmp_path):
+        source = save_model(tmp_path / "m", "llama")
+        with (source / "README.md").open("wb") as file:
+            file.write(b"---\nlicense: mit\n---\n")
+            file.truncate(MAX_CARRIED_NBYTES + 1)
+        tracemalloc.start()
+        build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MAX_CARRIED_NBYTES / 2
 
     @pytest.mark.parametrize(
         ("changes", "message"),
