@@ -25,6 +25,7 @@ _LARGEST_GEMMAS = {
     "GEMMA2": 46,
     "GEMMA3": 62,
 }  # layers of the 27B models, whose queries llama.cpp scales in another way
+_MAX_LAYERS = 512  # of any model in llama.cpp
 _UNROTATED = ("default", "llama3", "linear", "yarn", "longrope", "su")
 
 
@@ -255,6 +256,7 @@ class Model:
         return 1 / ((1 - smooth) / factor + smooth)
 
     def _check(self) -> None:
+        self._require("num_hidden_layers", self.n_layers, self.n_layers <= _MAX_LAYERS, f"up to {_MAX_LAYERS}")
         activation = self.config.get("hidden_activation") or self.config.get("hidden_act") or self.family.activation[0]
         self._require("hidden_act", activation, activation in self.family.activation, self.family.activation)
         if self.family.architecture != "PHI3":

@@ -65,6 +65,8 @@ class GgufWriter(CheckpointWriter):
         if self._checkpoint is None:
             Model.of(config)
             return
+        if Role.EMBEDDING not in quantized | copied:
+            raise FormatError("format", "no token embedding: no causal model")
         if Role.HEAD not in quantized | copied and not self._model.tied:
             raise FormatError("format", "no output head, and config.json ties none to the embedding: no causal model")
         try:

@@ -336,6 +336,7 @@ class TestRefusals:
             ("mixtral", {"num_local_experts": 4}, "model_type 'mixtral'"),
             ("gpt_neox", {}, "model_type 'gpt_neox'"),
             ("gemma2", {}, "tie_word_embeddings False"),
+            ("llama", {"num_hidden_layers": 513, "hidden_size": 4, "intermediate_size": 4}, "num_hidden_layers 513"),
             ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
             ("gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32"),
             ("qwen3", {"attention_bias": True}, "attention_bias True"),
@@ -367,6 +368,23 @@ class TestRefusals:
             (CheckpointError, FormatError), match=f"^{name}: (a single number|llama.cpp's llama has no)"
         ):
             build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    def test_no_embedding(self, tmp_path):
+        """Whose rows say how long the list of tokens is, whatever vocab_size."""
+        source = save_model(tmp_path / "m", "llama", shard_size="1GB", tie_word_embeddings=True)
+        tensors = {name: tensor for name, tensor in stored_tensors(source).items() if "embed_tokens" not in name}
+        save_checkpoint(source, tensors, _config(source))
+        with pytest.raises(FormatError, match="no token embedding"):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    def test_a_config_that_makes_no_sense_here_is_no_reason_to_refuse_another_format(self, tmp_path):
+        source = save_model(tmp_path / "m", "llama")
+        config = _config(source) | {"rope_parameters": {"rope_type": "llama3"}}
+        (source / "config.json").write_text(json.dumps(config))
+        recipe = Recipe(format="humming", skip_modules=["q_proj"])
+        with pytest.raises(FormatError, match="unquantized linear layers.*'mlx'") as caught:
+            build_plan(Checkpoint.open(source), recipe)
+        assert "gguf" not in str(caught.value)
 
     def test_no_tokenizer(self, tmp_path):
         source = save_model(tmp_path / "m", "llama")
