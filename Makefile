@@ -1,10 +1,10 @@
-# Six words. Each makes .venv on first use; nothing but Python 3.11+ and make must be there before.
+# Seven words. Each makes .venv on first use; nothing but Python 3.11+ and make must be there before.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo check fix test test-all bench up install
+.PHONY: demo check fix test test-all bench interop up install
 
 demo: install                ## the main job: a real model through the HTTP API, checked and shown
 	$(BIN)/python -m tests.demo
@@ -30,6 +30,9 @@ test-all: install            ## with many more random cases
 bench: install               ## measured ratios, both sides in one run; models as a whole: tests/benchmarks/study.py (hours)
 	$(BIN)/python -m tests.benchmarks.solver
 	$(BIN)/python -m tests.benchmarks.checkpoint
+
+interop: install             ## every format in the real loaders, each in its own environment (GBs, hours); docs/formats.md's table
+	$(BIN)/python -m tests.interop --resume --write
 
 up: install                  ## the service on this machine, nothing else needed
 	$(BIN)/halfquad up

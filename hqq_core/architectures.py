@@ -77,3 +77,19 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of config.json that describes the language model."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose rotary settings readers older than transformers 5 find too.
+
+    transformers 5 writes `rope_parameters` alone. mlx-lm 0.32 and transformers 4 look for `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`, and take defaults where they are missing, without an error: the model then computes with other
+    angles. transformers 5 reads both spellings as one. Settings by kind of layer have no older name and stay as they are.
+    """
+    new = config.get("rope_parameters")
+    if not isinstance(new, dict) or "rope_theta" not in new:
+        return config
+    older = {key: new[key] for key in ("rope_theta", "partial_rotary_factor") if key in new}
+    if new.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in new.items() if key not in older}
+    return older | config

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service.printing import bytes_bar, job_row, print_job, print_json, print_metrics, print_table, sentence
 from service.recipe_options import takes_recipes
 
 if TYPE_CHECKING:
-    from service.client import Client, Event
+    from service.client import Client
     from service.common.settings import Settings
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 API_STOP_S = 5  # open event streams are cut after this
-TERMINAL = ("succeeded", "failed", "cancelled")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 jobs = typer.Typer(no_args_is_help=True, help="Look at jobs and stop them.")
@@ -179,7 +179,7 @@ def quantize(
     from hqq_core.recipe import Recipe
 
     settings = [Recipe.from_dict(recipe) for recipe in recipes]
-    with _bytes_bar(source.name) as report:
+    with bytes_bar(source.name) as report:
         progress = _stopping_on_signals(report)
         manifests = quantize_checkpoint(
             source, output, *settings, threads=threads or os.cpu_count() or 1, progress=progress
@@ -189,10 +189,10 @@ def quantize(
         for folder, recipe, manifest in zip(output_folders(settings), settings, manifests, strict=True)
     ]
     if as_json:
-        _print_json({"output": str(output), "outputs": outputs})
+        print_json({"output": str(output), "outputs": outputs})
         return
     for made in outputs:
-        _print_metrics(made["metrics"])
+        print_metrics(made["metrics"])
         typer.echo(f"{'written to':18} {output / made['folder']}")
 
 
@@ -212,14 +212,14 @@ def verify(
 
     source = Checkpoint.open(against) if against else None
     try:
-        with _bytes_bar(folder.name) as report:
+        with bytes_bar(folder.name) as report:
             found = verify_folder(folder, source, threads=threads, progress=_stopping_on_signals(report))
     except VerificationError as error:
         if as_json:
-            _print_json({"sound": False, "name": error.name, "message": str(error)})
+            print_json({"sound": False, "name": error.name, "message": str(error)})
         raise
     if as_json:
-        _print_json({"sound": True, **found.to_dict()})
+        print_json({"sound": True, **found.to_dict()})
         return
     compared = f"and with {against}" if against else "(give --against SRC to compare with the source too)"
     typer.echo(f"{'sound':18} {found.files} files, {found.nbytes / 1e6:.1f} MB")
@@ -233,11 +233,11 @@ def formats(as_json: Json = False) -> None:
     from hqq_core.formats import FORMATS, described
 
     if as_json:
-        _print_json(described())
+        print_json(described())
         return
     held = {name: writer.capabilities.words() for name, writer in FORMATS.items()}
     head = ("format", *next(iter(held.values())))
-    _print_table([tuple(map(str.upper, head)), *((name, *words.values()) for name, words in held.items())])
+    print_table([tuple(map(str.upper, head)), *((name, *words.values()) for name, words in held.items())])
 
 
 def _stopping_on_signals(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -279,7 +279,7 @@ def submit(
         if watch:
             _follow(client, job["id"], as_json)
         else:
-            _print_job(job, as_json)
+            print_job(job, as_json)
 
 
 @jobs.command("ls")
@@ -295,16 +295,16 @@ def list_jobs(
     with _client(url) as client:
         found = list(islice(client.list(**({"status": status} if status else {})), limit))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    _print_table([("ID", "STATUS", "DONE", "FORMAT", "BITS", "CREATED", "SOURCE"), *map(_row, found)])
+    print_table([("ID", "STATUS", "DONE", "FORMAT", "BITS", "CREATED", "SOURCE"), *map(job_row, found)])
 
 
 @jobs.command()
 def info(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Show one job."""
     with _client(url) as client:
-        _print_job(client.get(job_id), as_json)
+        print_job(client.get(job_id), as_json)
 
 
 @jobs.command()
@@ -318,7 +318,7 @@ def watch(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 def cancel(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Stop a job."""
     with _client(url) as client:
-        _print_job(client.cancel(job_id), as_json)
+        print_job(client.cancel(job_id), as_json)
 
 
 @contextmanager
@@ -340,101 +340,13 @@ def _follow(client: "Client", job_id: str, as_json: bool) -> None:
     for event in client.events(job_id):
         if as_json:
             typer.echo(json.dumps({"seq": event.seq, "type": event.type, "data": event.data}))
-        elif line := _sentence(event):
+        elif line := sentence(event):
             typer.echo(line, err=True)
     job = client.get(job_id)
     if not as_json:
-        _print_job(job, as_json)
+        print_job(job, as_json)
     if job["status"] != "succeeded":
         raise typer.Exit(1)
-
-
-def _sentence(event: "Event") -> str:
-    data = event.data
-    match event.type:
-        case "status":
-            return f"{data['status']}: {data['phase']}" if data.get("phase") else str(data["status"])
-        case "progress":
-            return f"{data['phase']}: {data['percent']} %"
-        case "log":
-            return str(data["message"])
-        case _:
-            return ""
-
-
-# Output
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_job(job: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(job)
-        return
-    lines = {
-        "job": job["id"],
-        "status": " ".join(filter(None, (job["status"], job["phase"] if job["status"] not in TERMINAL else ""))),
-        "done": _percent(job),
-        "source": job["source"]["path"],
-        **{f"recipe {i}".removesuffix(" 0"): _settings_of(recipe) for i, recipe in enumerate(job["recipes"])},
-        "error": job["error"] and f"{job['error']['code']}: {job['error']['message']}",
-    }
-    for name, value in lines.items():
-        if value:
-            typer.echo(f"{name:18} {value}")
-    for output in (job["result"] or {"outputs": []})["outputs"]:
-        if output["folder"]:
-            typer.echo(f"{'folder':18} {output['folder']}")
-        _print_metrics(output["metrics"])
-
-
-def _settings_of(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in recipe.items() if value not in (None, []))
-
-
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    typer.echo(f"{'source':18} {metrics['nbytes_in'] / 1e6:.1f} MB")
-    typer.echo(f"{'result':18} {metrics['nbytes_out'] / 1e6:.1f} MB")
-    typer.echo(f"{'bits per weight':18} {metrics['bits_per_weight']:.3f}")
-    typer.echo(f"{'relative error':18} {metrics['relative_error']:.5f}")
-    for tensor in metrics["worst_tensors"]:
-        typer.echo(f"{'':18} {tensor['relative_error']:.5f} {tensor['name']}")
-
-
-def _row(job: dict[str, Any]) -> tuple[str, ...]:
-    formats, nbits = (",".join(dict.fromkeys(str(r[key]) for r in job["recipes"])) for key in ("format", "nbits"))
-    created = job["created_at"].partition(".")[0]
-    return job["id"], job["status"], _percent(job), formats, nbits, created, job["source"]["path"]
-
-
-def _percent(job: dict[str, Any]) -> str:
-    percent = (job["progress"] or {}).get("percent")
-    return "" if percent is None else f"{percent} %"
-
-
-@contextmanager
-def _bytes_bar(name: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

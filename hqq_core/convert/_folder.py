@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hqq_core.architectures import Role
+from hqq_core.architectures import Role, with_older_names
 from hqq_core.checkpoint import CONFIG, MANIFEST, REPORT, Checkpoint
 from hqq_core.convert._progress import Counter, Progress
 from hqq_core.errors import VerificationError
@@ -138,11 +138,11 @@ def _without_auto_map(raw: bytes) -> bytes:
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The source's config.json with what its format's readers look for, and without pointers to code in the repository."""
+    """The source's config.json with what its format's readers look for, old and new, and without pointers to code."""
     quantized = [tensor.module for tensor in plan.tensors if tensor.spec]
     copied = [tensor.module for tensor in plan.tensors if tensor.spec is None and _may_be_linear(tensor)]
     kept = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    return kept | writer_of(plan.recipe).of_model(checkpoint).config(plan.spec, quantized, copied)
+    return with_older_names(kept) | writer_of(plan.recipe).of_model(checkpoint).config(plan.spec, quantized, copied)
 
 
 def _may_be_linear(tensor: TensorPlan) -> bool:

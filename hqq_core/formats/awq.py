@@ -33,7 +33,7 @@ class AwqWriter(CheckpointWriter):
         group_sizes=(64, 128),
         exactness="as solved: integer zero points",
         runtimes=(
-            Runtime("vLLM", "0.33", "read in its source"),
+            Runtime("vLLM", "0.32", "run on a CPU"),
             Runtime("SGLang", "0.5.23", "read in its source"),
             Runtime("mlx-lm", "0.32"),
             Runtime("transformers", "5.23", "with gptqmodel 7.7"),

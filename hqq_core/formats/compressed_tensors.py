@@ -39,7 +39,7 @@ class CompressedTensorsWriter(CheckpointWriter):
         exactness="as solved: integer zero points, or symmetric",
         runtimes=(
             Runtime("transformers", "5.23", "with compressed-tensors 0.20"),
-            Runtime("vLLM", "0.33", "4 bit, symmetric 8 bit; read in its source"),
+            Runtime("vLLM", "0.32", "4 bit, run on a CPU; symmetric 8 bit, read in its source"),
             Runtime("SGLang", "0.5.23", "4 bit, symmetric 8 bit; read in its source"),
         ),
     )

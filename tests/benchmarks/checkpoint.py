@@ -22,9 +22,10 @@ import torch
 
 from hqq_core import Checkpoint, Recipe, build_plans, quantize_checkpoint
 from hqq_core.safetensors_file import CHUNK_NBYTES, SafetensorsWriter
+from tests.vocabularies import save_tokenizer
 
 SHARD_NBYTES = 256_000_000
-HIDDEN, FEED_FORWARD = 2048, 7680
+HIDDEN, FEED_FORWARD, VOCABULARY = 2048, 7680, 512
 
 
 def main() -> None:
@@ -112,6 +113,8 @@ def build(folder: Path, nbytes: int) -> int:
             for layer in range(i * layers_per_shard, (i + 1) * layers_per_shard)
             for module, shape in SHAPES.items()
         }
+        if i == 0:
+            shapes |= {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
         writer = SafetensorsWriter(folder / file, [(name, "BF16", shape) for name, shape in shapes.items()])
         generator = torch.Generator().manual_seed(i)
         for name, shape in shapes.items():
@@ -119,7 +122,8 @@ def build(folder: Path, nbytes: int) -> int:
         writer.close()
         weight_map |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": n_shards * layers_per_shard}))
+    save_tokenizer(folder, "gpt-2", VOCABULARY)
     return n_shards
 
 
@@ -127,7 +131,13 @@ SHAPES = {
     **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
     **{f"mlp.{name}_proj": (FEED_FORWARD, HIDDEN) for name in ("gate", "up")},
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
+    **{f"{name}_layernorm": (HIDDEN,) for name in ("input", "post_attention")},
 }
+CONFIG = {
+    "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FEED_FORWARD, "num_attention_heads": 16,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -110,11 +110,12 @@ def tiny(node: Path) -> bool:
             model = build(family, **changes)
             model.save_pretrained(source, max_shard_size="150KB")
             save_tokenizer(source, kind, model.config.vocab_size)
-            tied = bool(model.config.tie_word_embeddings)
             weights = [name.removesuffix(".weight") for name, value in model.state_dict().items() if value.ndim == 2]
-            left = [name for name in weights if "embed_tokens" not in name]
-            if tied:  # the head that is the embedding would round what it meets
-                left = [name for name in weights if name != "lm_head" and not name.endswith("layers.0.mlp.down_proj")]
+            kept = "embed_tokens"
+            if model.config.tie_word_embeddings:  # as a head it would round what it meets
+                weights.remove("lm_head")
+                kept = f"layers.{model.config.num_hidden_layers - 1}.self_attn.q_proj"
+            left = [name for name in weights if kept not in name]
             exact = off(node, source, Recipe(format="gguf", type="Q8_0", energy="none", skip_modules=left))
             rounded = off(node, source, Recipe(format="gguf", type="Q4_1", energy="none"))
             same = tokens_agree(node, source, Path(scratch, "m-Q4_1"))
