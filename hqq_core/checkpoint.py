@@ -130,6 +130,11 @@ class Checkpoint:
                 offset += len(piece)
                 yield piece
 
+    def file_bytes(self, name: str) -> bytes:
+        """All of a file that is carried; a CheckpointError where it is too large to be."""
+        with _opened(self.folder / name, self.opener, missing=f"{name}: gone since it was planned") as file:
+            return _read_all(file, name, MAX_CARRIED_NBYTES)
+
     def _is_small(self, name: str) -> bool:
         with _opened(self.folder / name, self.opener, missing=f"{name}: a link to nowhere") as file:
             return os.fstat(file).st_size <= MAX_CARRIED_NBYTES

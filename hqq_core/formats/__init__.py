@@ -8,7 +8,7 @@ from typing import Any
 
 from hqq_core.architectures import Role
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.errors import FormatError
+from hqq_core.errors import CheckpointError, FormatError
 from hqq_core.formats.awq import AwqWriter
 from hqq_core.formats.base import CheckpointWriter, refuse
 from hqq_core.formats.bitnet import BitnetWriter
@@ -84,7 +84,7 @@ def check_model(
     def takes(writer: CheckpointWriter, recipe: Recipe) -> bool:
         try:
             writer.check_model(writer.capabilities.spec(recipe), quantized, copied, config)
-        except FormatError:
+        except (CheckpointError, FormatError):  # a config that this one cannot make sense of
             return False
         return True
 

@@ -75,7 +75,7 @@ class BitnetWriter(CheckpointWriter):
             )
         W_q = W.sign().to(torch.int8).add_(1).view(torch.uint8)
         scale = torch.where(s > 0, s, 1).to(TORCH_DTYPES[spec.scale_dtype]).expand(len(W), 1)
-        squared_norm = W.double().square().sum().item()
+        squared_norm = int(magnitudes.count_nonzero()) * s.item() ** 2
         zero = torch.full_like(scale, spec.middle)
         if progress:
             progress(W.numel())

@@ -11,7 +11,7 @@ from typing import Any
 from hqq_core.checkpoint import MANIFEST
 from hqq_core.errors import CheckpointError, VerificationError
 from hqq_core.results import Manifest
-from hqq_core.safetensors_file import tensor_nbytes
+from hqq_core.safetensors_file import DTYPES, tensor_nbytes
 
 MAX_JSON_NBYTES = 1 << 30  # a report has some 700 bytes a tensor
 
@@ -62,6 +62,8 @@ class Expected:
     def of(cls, fields: dict[str, Any]) -> Expected:
         """One entry of a report."""
         quantized = fields["spec"] is not None
+        if fields["dtype"] not in DTYPES:
+            raise ValueError(f"{fields['name']}: dtype {fields['dtype']!r}: wanted one of {', '.join(DTYPES)}")
         errors = (float(fields[key]) if quantized else None for key in ("squared_error", "squared_norm"))
         return cls(
             str(fields["name"]), str(fields["dtype"]), tuple(map(int, fields["shape"])), quantized,
@@ -77,7 +79,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"no {MANIFEST} in the folder: wanted a finished result of Halfquad")
     fields = read_json(folder / MANIFEST)
     try:
-        return Manifest.from_dict(fields)
+        manifest = Manifest.from_dict(fields)
+        if not all(isinstance(file.name, str) for file in manifest.files):
+            raise TypeError("a file's name is no text")
+        return manifest
     except (LookupError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST}: no manifest: {type(error).__name__}: {error}") from error
 

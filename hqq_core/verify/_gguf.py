@@ -106,7 +106,7 @@ class GgufResult:
     def _check_copied(self, expected: Expected, tensor: ReaderTensor, source: Source | None, count: Count) -> None:
         """Digest of what was written and, with a source, that it is what the source's numbers become."""
         kind, shape = tensor.tensor_type.name, tuple(int(size) for size in tensor.shape[::-1])
-        wanted = "F32" if len(expected.shape) < 2 else expected.dtype
+        wanted = "F32" if len(expected.shape) < 2 or expected.dtype == "F64" else expected.dtype
         if (kind, shape) != (wanted, expected.shape) or kind not in PLAIN:
             raise VerificationError(expected.name, f"{kind} of shape {shape}: wanted {wanted} of {expected.shape}")
         raw = self._raw(tensor)
@@ -114,7 +114,7 @@ class GgufResult:
         count(expected.nbytes)
         if source is None or expected.folded:
             return
-        if len(shape) > 1 and not self._permuted(expected):
+        if kind == expected.dtype and len(shape) > 1 and not self._permuted(expected):
             check_bytes(expected, hashlib.sha256(raw.data).digest(), source, count)
             return
         numbers = np.frombuffer(b"".join(map(bytes, source.pieces(expected))), _WORDS[expected.dtype])
@@ -151,7 +151,7 @@ class GgufResult:
         return self.reader.fields[name].contents()
 
 
-_WORDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_WORDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def _check_left_out(expected: Expected, count: Count) -> None:

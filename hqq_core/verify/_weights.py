@@ -70,7 +70,7 @@ class StoredTensor:
 
 
 def floats(words: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Stored words of a safetensors type F32, F16 or BF16 as float32, exactly."""
+    """Stored words of a safetensors type F32, F16 or BF16 as float32, exactly; those of F64 rounded."""
     if dtype == "BF16":
         return (words.astype(np.uint32) << 16).view(np.float32)
     return words.astype(np.float32)

@@ -1,5 +1,7 @@
 """Blocks of ggml's types against two readers: the gguf package, and one written here from the layouts' description."""
 
+import tracemalloc
+
 import gguf
 import numpy as np
 import pytest
@@ -174,3 +176,14 @@ def test_rows_that_do_not_fill_blocks_are_refused():
     tensor = quantize(torch.randn(2, 128), QuantSpec(nbits=1.58, group_size=None, zero="none"))
     with pytest.raises(TensorError, match="group_size None: wanted 256"):
         pack("TQ2_0", tensor)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_packing_takes_the_result_twice_and_a_copy_of_the_codes(name):
+    """An embedding has codes by the gigabyte."""
+    quantized = anything(name, 256, 1024 // BLOCK_TYPES[name].block_size, 0)
+    tracemalloc.start()
+    packed = pack(name, quantized)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * packed.nbytes + quantized.numel + 50_000

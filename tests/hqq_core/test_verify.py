@@ -421,6 +421,18 @@ class TestFiles:
         with pytest.raises(CheckpointError, match="no such folder"):
             verify_folder(result.source / "nowhere")
 
+    def test_report_of_a_type_that_there_is_not(self, result):
+        result.edit(REPORT, lambda report: report["tensors"][-1].update(dtype="F4"))
+        with pytest.raises(CheckpointError, match=f"{REPORT}: no report: .* dtype 'F4': wanted one of F64"):
+            verify_folder(result.folder)
+
+    def test_manifest_of_a_file_without_a_name(self, result):
+        manifest = result.manifest
+        manifest["files"][0]["name"] = 7
+        (result.folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=f"{MANIFEST}: no manifest: .* name"):
+            verify_folder(result.folder)
+
     def test_report_of_an_earlier_version(self, result):
         result.edit(REPORT, lambda report: report["tensors"][0].pop("digest"))
         with pytest.raises(CheckpointError, match="wanted one with digests"):

@@ -10,6 +10,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from hqq_core import Checkpoint, Recipe, quantize_checkpoint
 from hqq_core.checkpoint import MANIFEST
@@ -58,6 +59,21 @@ def test_every_family_is_sound(tmp_path, family, dtype):
     recipe = Recipe(format="gguf", type="Q5_1", skip_modules=() if family == "phi3" else ("layers.0.self_attn.k_proj",))
     source, folder, _ = make(tmp_path, recipe, family, dtype)
     assert verify_folder(folder, source).error_deviation < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_copies_of_doubles_are_sound_as_the_floats_that_they_become(tmp_path, family):
+    source, _, _ = make(tmp_path, Recipe(format="gguf", type="Q4_1"), family)
+    (path,) = source.folder.glob("*.safetensors")
+    wide = ("norm.weight", "k_proj.weight", "embed_tokens.weight")
+    tensors = {name: t.double() / 3 if name.endswith(wide) else t for name, t in load_file(path).items()}
+    save_file(tensors, path)
+    quantize_checkpoint(source.folder, tmp_path / "wide", Recipe(format="gguf", type="Q4_1", energy="none"))
+    assert verify_folder(tmp_path / "wide", Checkpoint.open(source.folder)).tensors_copied > 7
+    tensors["model.norm.weight"] += 1e-6
+    save_file(tensors, path)
+    with pytest.raises(VerificationError, match=r"model.norm.weight: its numbers are not what the source's become"):
+        verify_folder(tmp_path / "wide", Checkpoint.open(source.folder))
 
 
 @given(data=st.data())

@@ -93,10 +93,11 @@ def _codes(nbits: int, width: int, drop: int = 0) -> Part:
     """`nbits` of each code above its lowest `drop`, in runs of `width` bytes."""
 
     def pack_codes(_: QuantizedTensor, codes: Bytes) -> Bytes:
-        bits = (codes >> drop & (1 << nbits) - 1).reshape(len(codes), -1, 8 // nbits, width)
-        shifts = np.arange(0, 8, nbits, dtype=np.uint8)[:, None]
-        packed: Bytes = np.bitwise_or.reduce(bits << shifts, axis=2).reshape(len(codes), -1)
-        return packed
+        runs = codes.reshape(len(codes), -1, 8 // nbits, width)
+        packed = np.zeros((len(codes), runs.shape[1], width), np.uint8)
+        for i in range(8 // nbits):  # in turn: no copy of all codes
+            packed |= (runs[:, :, i] >> drop & (1 << nbits) - 1) << i * nbits
+        return packed.reshape(len(codes), -1)
 
     return pack_codes
 

@@ -25,6 +25,7 @@ _LARGEST_GEMMAS = {
     "GEMMA2": 46,
     "GEMMA3": 62,
 }  # layers of the 27B models, whose queries llama.cpp scales in another way
+_MAX_LAYERS = 512  # of any model in llama.cpp
 _UNROTATED = ("default", "llama3", "linear", "yarn", "longrope", "su")
 
 
@@ -105,7 +106,9 @@ class Model:
         return bool(self.config.get("tie_word_embeddings", self.family.norm_offset))  # Gemma's are unless said
 
     def check_rows(self, name: str, shape: tuple[int, ...]) -> None:
-        """CheckpointError where a tensor has not as many rows as its place wants."""
+        """CheckpointError where a tensor that has a place has not as many rows as that wants."""
+        if not shape:
+            raise CheckpointError(f"{name}: a single number: wanted one axis or more")
         heads = self._heads(name)
         wanted = heads * self.head_size if heads else shape[0]
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -253,6 +256,7 @@ class Model:
         return 1 / ((1 - smooth) / factor + smooth)
 
     def _check(self) -> None:
+        self._require("num_hidden_layers", self.n_layers, self.n_layers <= _MAX_LAYERS, f"up to {_MAX_LAYERS}")
         activation = self.config.get("hidden_activation") or self.config.get("hidden_act") or self.family.activation[0]
         self._require("hidden_act", activation, activation in self.family.activation, self.family.activation)
         if self.family.architecture != "PHI3":
@@ -307,6 +311,8 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     """As the front matter of the model card has it."""
     if not (checkpoint.folder / "README.md").is_file():
         return None
-    text = b"".join(checkpoint.file_pieces("README.md")).decode(errors="replace")
+    text = next(checkpoint.file_pieces("README.md"), b"").decode(
+        errors="replace"
+    )  # the front matter is in the first piece
     found = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
     return found.group(1) if found else None

@@ -135,7 +135,7 @@ class Tokenizer:
 def _read(checkpoint: Checkpoint, name: str) -> bytes | None:
     if not (checkpoint.folder / name).is_file():
         return None
-    return b"".join(checkpoint.file_pieces(name))
+    return checkpoint.file_bytes(name)
 
 
 def _parsed(raw: bytes, name: str = FILE) -> dict[str, Any]:
@@ -152,9 +152,12 @@ def _loaded(raw: bytes) -> Library:
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_buffer(raw)
+        library = Library.from_buffer(raw)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{FILE}: the tokenizers library cannot read it: {error}") from error
+    library.no_padding()  # to a length that a training left there: it hides what is added, and may be any
+    library.no_truncation()
+    return library
 
 
 def _model(described: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class GgufWriter(CheckpointWriter):
         if self._checkpoint is None:
             Model.of(config)
             return
+        if Role.EMBEDDING not in quantized | copied:
+            raise FormatError("format", "no token embedding: no causal model")
         if Role.HEAD not in quantized | copied and not self._model.tied:
             raise FormatError("format", "no output head, and config.json ties none to the embedding: no causal model")
         try:
@@ -76,8 +78,11 @@ class GgufWriter(CheckpointWriter):
 
     def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Settings of the block type that the file type gives this tensor."""
+        if self._has_no_place(name):
+            return spec
+        stored = self._stored_name(name)
         self._model.check_rows(name, shape)
-        block_type = self._mix.block_type(self._stored_name(name), shape[-1])
+        block_type = self._mix.block_type(stored, shape[-1])
         return spec if block_type is None else dataclasses.replace(spec, **BLOCK_TYPES[block_type].settings)
 
     def refusal(self, role: Role, shape: tuple[int, ...], spec: QuantSpec) -> str | None:
@@ -101,17 +106,18 @@ class GgufWriter(CheckpointWriter):
 
     def layout_copied(self, name: str, dtype: str, shape: tuple[int, ...]) -> Layout | None:
         """Vectors as float32, matrices as they are; nothing where the file has no place for it."""
-        if name.endswith(_BUFFERS) or (name.startswith("lm_head.") and self._model.tied):
+        if self._has_no_place(name):
             return []
         kind = _PLAIN_DTYPES.get(DTYPES[dtype])
         if kind is None:
             raise FormatError("format", f"{name}: {dtype}: format 'gguf' holds {', '.join(PLAIN)}")
+        stored = self._stored_name(name)
         self._model.check_rows(name, shape)
-        return [(self._stored_name(name), "F32" if len(shape) < 2 else kind, shape)]
+        return [(stored, "F32" if len(shape) < 2 else kind, shape)]
 
     def encode_copied(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """In llama.cpp's order; gains of norms with what the model adds to them."""
-        if name.endswith(_BUFFERS) or (name.startswith("lm_head.") and self._model.tied):
+        if self._has_no_place(name):
             return {}
         arranged = self._model.arranged(name, tensor)
         if tensor.ndim < 2:
@@ -133,6 +139,10 @@ class GgufWriter(CheckpointWriter):
         add_general(writer, self._bound, self._mix.file_type)
         self._model.add_to(writer)
         self._tokenizer.add_to(writer)
+
+    def _has_no_place(self, name: str) -> bool:
+        """Whether a tensor is left out: what is computed, and a head that is the embedding."""
+        return name.endswith(_BUFFERS) or (name.startswith("lm_head.") and self._model.tied)
 
     def _stored_name(self, name: str) -> str:
         found = self._names.get_name(name, try_suffixes=_SUFFIXES)

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint
 from hqq_core.errors import FormatError, TensorError
+from hqq_core.formats import check_recipe
+from hqq_core.formats.bitnet import BitnetWriter
 from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 from tests.families import build
 from tests.hqq_core.formats.contract import WriterContract
@@ -168,3 +171,21 @@ class TestBitnet(WriterContract):
         build("mixtral", intermediate_size=64).save_pretrained(tmp_path / "m")
         with pytest.raises(FormatError, match="holds none; format 'hqq' holds it"):
             build_plan(Checkpoint.open(tmp_path / "m"), TERNARY)
+
+
+def test_nothing_larger_than_the_weight_is_made_of_it():
+    """A copy in float64 would be four times a weight of bfloat16."""
+
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **kwargs or {})
+            self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in [made] if torch.is_tensor(t))])
+            return made
+
+    W = ternary(torch.randn(64, 96).to(torch.bfloat16))
+    with Largest() as largest:
+        solved = BitnetWriter().solve(W, BitnetWriter().tensor_spec(check_recipe(TERNARY), "w", (64, 96), "BF16"))
+    assert largest.nbytes == W.nbytes
+    assert solved.squared_norm == pytest.approx(W.double().square().sum().item(), rel=1e-12)

@@ -4,12 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
 from gguf import GGUFReader
 
 from hqq_core import Checkpoint, Recipe, build_plan, quantize_checkpoint, quantize_shard
+from hqq_core.checkpoint import MAX_CARRIED_NBYTES
 from hqq_core.errors import CheckpointError, FormatError, VerificationError
 from hqq_core.formats import check_recipe
 from hqq_core.formats.gguf.file_types import main_type
@@ -207,6 +209,21 @@ def test_a_head_tied_by_the_config_is_left_out(tmp_path):
     assert gguf_types(tmp_path / "out")["token_embd.weight"] == "Q8_0"
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("gemma2", "lm_head.weight", (512, 64)),
+        ("gemma2", "model.layers.1.self_attn.rotary_emb.inv_freq", (8,)),
+        ("qwen2", "model.layers.1.self_attn.rotary_emb.inv_freq", (8,)),
+    ],
+)
+def test_what_has_no_place_is_left_out_also_where_the_family_has_no_name_for_it(tmp_path, family, name, shape):
+    source = save_model(tmp_path / "m", family, shard_size="1GB", tie_word_embeddings=True)
+    save_checkpoint(source, stored_tensors(source) | {name: torch.ones(shape)}, _config(source))
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format="gguf", type="Q4_1", energy="none"))
+    verify_folder(tmp_path / "out", Checkpoint.open(source))
+
+
 KILLED = """
 import resource, signal, sys
 from pathlib import Path
@@ -319,6 +336,7 @@ class TestRefusals:
             ("mixtral", {"num_local_experts": 4}, "model_type 'mixtral'"),
             ("gpt_neox", {}, "model_type 'gpt_neox'"),
             ("gemma2", {}, "tie_word_embeddings False"),
+            ("llama", {"num_hidden_layers": 513, "hidden_size": 4, "intermediate_size": 4}, "num_hidden_layers 513"),
             ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
             ("gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32"),
             ("qwen3", {"attention_bias": True}, "attention_bias True"),
@@ -342,11 +360,56 @@ class TestRefusals:
         with pytest.raises(FormatError, match="model.extra.weight: llama.cpp's llama has no such tensor"):
             build_plan(Checkpoint.open(source), Recipe(format="gguf"))
 
+    @pytest.mark.parametrize("name", ["extra", "model.extra", "model.norm.weight"])
+    def test_a_single_number(self, tmp_path, name):
+        source = save_model(tmp_path / "m", "llama", shard_size="1GB")
+        save_checkpoint(source, stored_tensors(source) | {name: torch.tensor(1.0)}, _config(source))
+        with pytest.raises(
+            (CheckpointError, FormatError), match=f"^{name}: (a single number|llama.cpp's llama has no)"
+        ):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    def test_no_embedding(self, tmp_path):
+        """Whose rows say how long the list of tokens is, whatever vocab_size."""
+        source = save_model(tmp_path / "m", "llama", shard_size="1GB", tie_word_embeddings=True)
+        tensors = {name: tensor for name, tensor in stored_tensors(source).items() if "embed_tokens" not in name}
+        save_checkpoint(source, tensors, _config(source))
+        with pytest.raises(FormatError, match="no token embedding"):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    def test_a_config_that_makes_no_sense_here_is_no_reason_to_refuse_another_format(self, tmp_path):
+        source = save_model(tmp_path / "m", "llama")
+        config = _config(source) | {"rope_parameters": {"rope_type": "llama3"}}
+        (source / "config.json").write_text(json.dumps(config))
+        recipe = Recipe(format="humming", skip_modules=["q_proj"])
+        with pytest.raises(FormatError, match="unquantized linear layers.*'mlx'") as caught:
+            build_plan(Checkpoint.open(source), recipe)
+        assert "gguf" not in str(caught.value)
+
     def test_no_tokenizer(self, tmp_path):
         source = save_model(tmp_path / "m", "llama")
         (source / "tokenizer.json").unlink()
         with pytest.raises(CheckpointError, match="no tokenizer.json in the folder"):
             build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+    def test_a_file_that_is_too_large_is_not_read(self, tmp_path, name):
+        source = save_model(tmp_path / "m", "llama")
+        with (source / name).open("ab") as file:
+            file.truncate(MAX_CARRIED_NBYTES + 1)
+        with pytest.raises(CheckpointError, match=f"{name}: {MAX_CARRIED_NBYTES + 1} bytes: wanted at most"):
+            build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+
+    def test_of_a_model_card_no_more_is_read_than_its_front_matter_takes(self, tmp_path):
+        source = save_model(tmp_path / "m", "llama")
+        with (source / "README.md").open("wb") as file:
+            file.write(b"---\nlicense: mit\n---\n")
+            file.truncate(MAX_CARRIED_NBYTES + 1)
+        tracemalloc.start()
+        build_plan(Checkpoint.open(source), Recipe(format="gguf"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MAX_CARRIED_NBYTES / 2
 
     @pytest.mark.parametrize(
         ("changes", "message"),

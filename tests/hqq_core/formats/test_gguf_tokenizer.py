@@ -150,3 +150,17 @@ def test_bos_and_eos_as_the_tokenizer_adds_them(folder):
     template = TEMPLATE | {"single": [START, TEXT, END]}
     tokenizer = read(save_tokenizer(folder, "llama-bpe", N_TOKENS, post_processor=template))
     assert (tokenizer.add_bos, tokenizer.add_eos) == (True, True)
+
+
+FIXED = {
+    "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": BOS,
+}  # fmt: skip
+CUT = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"padding": FIXED}, {"padding": FIXED | {"direction": "Left"}}, {"truncation": CUT}]
+)
+def test_lengths_that_a_training_left_there_hide_no_bos(folder, changes):
+    tokenizer = read(save_tokenizer(folder, "llama", N_TOKENS, **changes))
+    assert (tokenizer.add_bos, tokenizer.add_eos) == (True, False)
