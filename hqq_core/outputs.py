@@ -44,10 +44,9 @@ def output_folders(recipes: Sequence[Recipe]) -> tuple[str, ...]:
 
 def _name(recipe: Recipe) -> str:
     """Deterministic, and safe as a path: the format is one of ours."""
-    group = f"g{recipe.group_size}" if recipe.group_size else "channel"
     chosen = [
         recipe.format,
-        *((recipe.type,) if recipe.type else (f"{recipe.nbits}bit", group)),
+        writer_of(recipe).capabilities.label(recipe),
         f"axis{recipe.axis}" if recipe.axis != 1 else "",
         recipe.zero or "",
         recipe.preset if recipe.preset != "balanced" else "",

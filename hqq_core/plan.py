@@ -325,10 +325,11 @@ def _check_names(recipe: Recipe, entries: list[TensorEntry], checkpoint: Checkpo
     for field in ("include_modules", "skip_modules"):
         for name in getattr(recipe, field):
             if not any(_named(module, [name]) for module in modules):
-                tied = (
-                    " (config.json ties the output head to the input embedding)" if ties_head(checkpoint.config) else ""
+                head = name.rpartition(".")[2] == "lm_head" and ties_head(checkpoint.config)
+                why = (
+                    " (config.json ties the output head to the input embedding)" if head else ": wanted its last parts"
                 )
-                raise SpecError(field, f"{field} {name!r}: no such module in the checkpoint{tied}")
+                raise SpecError(field, f"{field} {name!r}: no such module in the checkpoint{why}")
 
 
 def _assign_files(tensors: list[TensorPlan], recipe: Recipe, writer: CheckpointWriter) -> list[TensorPlan]:

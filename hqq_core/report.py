@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hqq_core.checkpoint import Checkpoint
@@ -52,14 +52,19 @@ def _found(tensor: TensorResult) -> dict[str, Any]:
 
 
 def report_of(
-    checkpoint: Checkpoint, plan: Plan, results: Sequence[ShardResult], metrics: dict[str, Any]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    results: Sequence[ShardResult],
+    metrics: dict[str, Any],
+    places: Mapping[str, tuple[str, str | None]],
 ) -> dict[str, Any]:
-    """What became of every tensor, why, and how well."""
+    """What became of every tensor, why, and how well; `places` has the file of each, and its block type in a format of such."""
     found = {tensor.name: _found(tensor) for result in results for tensor in result.tensors}
     found |= {tensor.name: {"digest": tensor.digest} for result in results for tensor in result.copied}
     tensors = [
         {
-            "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file,
+            "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype,
+            "file": places[tensor.name][0], "type": places[tensor.name][1],
             "reason": tensor.reason, "nbytes_in": tensor.nbytes_in, "nbytes_out": tensor.nbytes_out,
             "solver": tensor.solver, "preset": tensor.preset, "zero": tensor.spec.zero if tensor.spec else None,
             "energy": tensor.energy, "folded": list(tensor.folded), "correlated": tensor.correlated,

@@ -19,7 +19,8 @@ def recipes(
     axis: Annotated[int | None, typer.Option(help="Axis that is grouped, 0 or 1.")] = None,
     zero: Annotated[str | None, typer.Option(help="float, offset, int or none; the format's own unless given.")] = None,
     type: Annotated[
-        str | None, typer.Option(help="File type of format gguf as llama.cpp names it: Q4_K_M, Q8_0, ...")
+        list[str] | None,
+        typer.Option(help="File type of format gguf as llama.cpp names it: Q4_K_M, Q8_0, ...; may be given again."),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
     energy: Annotated[
@@ -39,7 +40,6 @@ def recipes(
         "nbits": int(nbits) if nbits is not None and nbits.is_integer() else nbits,
         "axis": axis,
         "zero": zero,
-        "type": type,
         "preset": preset,
         "energy": energy,
         "fold": fold,
@@ -50,7 +50,14 @@ def recipes(
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if group_size is not None:
         fields["group_size"] = None if group_size == "none" else _integer(group_size)
-    return [{**fields, "format": name} for name in format] if format else [fields]
+    names: list[dict[str, Any]] = [{"format": name} for name in format or ()] or [{}]
+    return [{**fields, **name, **typed} for name in names for typed in _types(name, names, type)]
+
+
+def _types(name: dict[str, Any], names: list[dict[str, Any]], types: list[str] | None) -> list[dict[str, Any]]:
+    """The file types that are meant for one of several formats: those of `gguf`, unless it is not among them."""
+    meant = types if name.get("format") == "gguf" or {"format": "gguf"} not in names else None
+    return [{"type": each} for each in meant] if meant else [{}]
 
 
 def takes_recipes(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from hqq_core.convert._progress import Counter, Progress
 from hqq_core.errors import VerificationError
 from hqq_core.folding import folding_files
 from hqq_core.formats import writer_of
+from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.container import Layout, Part
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
 from hqq_core.report import metrics_of, report_of
@@ -102,7 +103,8 @@ def finish_checkpoint(
     metrics = metrics_of(plan, results, weights)
     carried = (_carry(checkpoint, name, folder) for name in plan.carried)
     files = [*weights, *beside, *carried, *folding_files(plan, folder)]
-    ours = {CONFIG: _config(checkpoint, plan), REPORT: report_of(checkpoint, plan, results, metrics)}
+    report = report_of(checkpoint, plan, results, metrics, _places(plan, weights, writer))
+    ours = {CONFIG: _config(checkpoint, plan), REPORT: report}
     files += [ArtifactFile(name, *write_json(folder / name, value)) for name, value in ours.items()]
     manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
     if check:
@@ -110,6 +112,19 @@ def finish_checkpoint(
     write_json(folder / MANIFEST, manifest.to_dict())
     _remove_parts(plan, manifest, folder)
     return manifest
+
+
+def _places(plan: Plan, weights: Sequence[ArtifactFile], writer: CheckpointWriter) -> dict[str, tuple[str, str | None]]:
+    """The file that each tensor lies in, which parts may have been joined to, and the type of its blocks, if it has such."""
+    names = {file.name for file in weights}
+    places: dict[str, tuple[str, str | None]] = {}
+    for tensor in plan.tensors:
+        stored = stored_tensors(tensor, writer) if writer.capabilities.types else []
+        places[tensor.name] = (
+            tensor.file if tensor.file in names else weights[0].name,
+            stored[0][1] if stored else None,
+        )
+    return places
 
 
 def _remove_parts(plan: Plan, manifest: Manifest, folder: Path) -> None:

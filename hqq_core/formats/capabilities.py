@@ -91,6 +91,11 @@ class Capabilities:
         if spec.zero not in self.zeros.get(spec.nbits, (spec.zero,)):
             yield "zero", _one_of(self.zeros[spec.nbits])
 
+    def label(self, recipe: Recipe) -> str:
+        """What a recipe chose of these settings, for the name of a folder."""
+        group = f"g{recipe.group_size}" if recipe.group_size else "channel"
+        return f"{recipe.nbits}bit-{group}"
+
     def _holds_groups(self, size: int | None) -> bool:
         if size is None:
             return self.whole_channel

@@ -95,6 +95,9 @@ def verify_folder(
     for file in manifest.files:
         if (nbytes := files[file.name].stat().st_size) != file.nbytes:
             raise VerificationError(file.name, f"{nbytes} bytes: wanted {file.nbytes}")
+    for file in manifest.files:
+        if file.name in (CONFIG, REPORT):  # what all else is held against
+            _check_file(file, files[file.name], lambda nbytes: None)
     expected = read_expected(path_in(folder, REPORT))
     result = _result(folder, files)
     against = Source.of(source, files.get(FOLDING)) if source else None

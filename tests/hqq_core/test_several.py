@@ -148,6 +148,12 @@ def test_plans_of_one_job_survive_json(tmp_path):
     assert [plan.folder for plan in plans] == list(output_folders(MIXED))
 
 
+def test_one_file_type_is_one_folder_whatever_it_is_called():
+    assert output_folders([Recipe(format="gguf"), Recipe(format="gguf", type="Q4_1")]) == ("gguf-Q4_K_M", "gguf-Q4_1")
+    with pytest.raises(SpecError, match="folder gguf-Q4_K_M is another recipe's"):
+        output_folders([Recipe(format="gguf", type="Q4_K"), Recipe(format="gguf", nbits=4)])
+
+
 def test_folders_are_named_after_recipes():
     assert output_folders([Recipe(format="hqq")]) == ("",)
     assert output_folders(MIXED) == (

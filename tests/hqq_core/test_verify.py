@@ -450,3 +450,11 @@ def test_unpacking_inverts_packing(nbits, data):
     unpacked = unpack_stream(pack_dense(torch.from_numpy(codes), nbits).numpy(), nbits)
     assert np.array_equal(unpacked[:, :columns], codes)
     assert not unpacked[:, columns:].any()
+
+
+def test_a_damaged_report_is_named_itself(result):
+    path = result.folder / REPORT
+    path.write_bytes(path.read_bytes().replace(b'"shape"', b'"shap3"', 1))
+    with pytest.raises(VerificationError, match="sha256") as caught:
+        result.verify()
+    assert caught.value.name == REPORT

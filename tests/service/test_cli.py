@@ -18,6 +18,7 @@ from hqq_core.formats import FORMATS, described
 from hqq_core.recipe import Recipe
 from service.cli import app, main
 from service.common.session import Database
+from service.recipe_options import recipes
 from tests.checkpoints import folder_bytes, llama_config, save_llama
 
 HALFQUAD = [sys.executable, "-m", "service.cli"]
@@ -157,6 +158,13 @@ def test_submit_takes_several_formats(halfquad: Run, api_url: str, root: Path) -
         ["recipe", "format", "mlx,", "nbits"],
         ["recipe", "1", "format", "hqq,"],
     ]
+
+
+def test_each_type_is_a_recipe_of_gguf_alone() -> None:
+    made = recipes(format=["mlx", "gguf"], type=["Q4_1", "Q8_0"])
+    gguf = [{"format": "gguf", "type": name} for name in ("Q4_1", "Q8_0")]
+    assert made == [{"format": "mlx"}, *gguf]
+    assert recipes(format=["mlx"], type=["Q4_1"]) == [{"format": "mlx", "type": "Q4_1"}], "which is refused later"
 
 
 def test_recipe_has_an_option_for_each_setting_in_both_commands() -> None:

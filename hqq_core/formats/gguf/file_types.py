@@ -55,6 +55,10 @@ class FileTypes(Capabilities):
             if getattr(recipe, field) not in (getattr(_DEFAULTS, field), settings[field]):
                 yield field, f"{settings[field]!r} in type {file_type}"
 
+    def label(self, recipe: Recipe) -> str:
+        """The file type, which is what all else follows from."""
+        return file_type_of(recipe) or super().label(recipe)
+
 
 def _zeros() -> dict[float, tuple[ZeroMode, ...]]:
     """Zero modes of the block types by width; first that of the file type which the width stands for."""

@@ -69,12 +69,28 @@ class GgufWriter(CheckpointWriter):
             raise FormatError("format", "no token embedding: no causal model")
         if Role.HEAD not in quantized | copied and not self._model.tied:
             raise FormatError("format", "no output head, and config.json ties none to the embedding: no causal model")
+        self._check_layers()
         try:
             self.container.header([])
         except HalfquadError:
             raise
         except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
             raise CheckpointError(f"config.json: cannot be told in keys of GGUF: {short(error)}") from error
+
+    def _check_layers(self) -> None:
+        """Every layer has the same tensors: llama.cpp's graph looks for them in each, and a source may lack a shard's."""
+        found: dict[str, set[str]] = {f"blk.{i}": set() for i in range(self._model.n_layers)}
+        for header in self._bound.headers().values():
+            for name in header:
+                if not self._has_no_place(name):
+                    layer, _, rest = self._stored_name(name).partition(".")
+                    number, _, part = rest.partition(".")
+                    if layer == "blk":
+                        found[f"{layer}.{number}"].add(part)
+        whole = set().union(*found.values())
+        for layer, parts in found.items():
+            if missing := sorted(whole - parts):
+                raise CheckpointError(f"layer {layer.removeprefix('blk.')} has no {missing[0]}, which others have")
 
     def tensor_spec(self, spec: QuantSpec, name: str, shape: tuple[int, ...], dtype: str) -> QuantSpec:
         """Settings of the block type that the file type gives this tensor."""

@@ -485,3 +485,26 @@ def test_the_library_is_loaded_when_it_is_needed():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert said.stdout.strip() == "False"
+
+
+def test_a_source_that_lacks_a_tensor_of_a_layer_is_refused(tmp_path):
+    source = save_model(tmp_path / "m", "llama")
+    tensors = {
+        name: value for name, value in stored_tensors(source).items() if name != "model.layers.1.mlp.up_proj.weight"
+    }
+    save_tokenizer(save_checkpoint(tmp_path / "less", tensors, _config(source)), "llama-bpe", 320)
+    with pytest.raises(CheckpointError, match=r"layer 1 has no ffn_up\.weight, which others have"):
+        quantize_checkpoint(tmp_path / "less", tmp_path / "out", Recipe(format="gguf"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_names_the_file_and_the_type_of_each_tensor(tmp_path):
+    source = save_model(tmp_path / "m", "llama")
+    quantize_checkpoint(source, tmp_path / "out", Recipe(format="gguf", type="Q4_1"))
+    rows = json.loads((tmp_path / "out" / "halfquad_report.json").read_text())["tensors"]
+    assert {row["file"] for row in rows} == {"model.gguf"}
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    found = {row["name"]: row["type"] for row in rows}
+    assert found["model.layers.0.self_attn.v_proj.weight"] == types["blk.0.attn_v.weight"]
+    assert found["model.norm.weight"] == types["output_norm.weight"] == "F32"
+    assert found["model.embed_tokens.weight"] == types["token_embd.weight"]
