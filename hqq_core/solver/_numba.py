@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
-from hqq_core.solver._precision import MAX_STEPS, ROUNDED
+from hqq_core.solver._precision import FLAT, MAX_STEPS, NOISE, ROUNDED
 
 f32, f64, i64, u32, u64 = np.float32, np.float64, np.int64, np.uint32, np.uint64
 FLOAT, INT, NONE, OFFSET = 0, 1, 2, 3
@@ -371,7 +371,8 @@ def _move(F, lane, scale, zero, n, sum_q, sum_qq, sum_t):
     a, b = last - scale, scale * zero - last * last_zero
     sum_r = sum_t / last + last_zero * n - sum_q
     cross = last * (a * f64(F[SUM_QR + lane]) + b * sum_r) + a * b * sum_q
-    F[OBJECTIVE + lane] = f32(f64(F[OBJECTIVE + lane]) * ROUNDED + a * a * sum_qq + b * b * n + 2.0 * cross)
+    noise = NOISE * abs(b * sum_t)
+    F[OBJECTIVE + lane] = f32(f64(F[OBJECTIVE + lane]) * ROUNDED + noise + a * a * sum_qq + b * b * n + 2.0 * cross)
     F[SCALE + lane], F[ZERO + lane] = f32(scale), f32(zero)
 
 
@@ -382,9 +383,10 @@ def _fit_float(F, D, n, mode, low, high, max_zero, stored):
     for lane in range(LANES):
         sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
         var = sum_qq - sum_q * sum_q * per_n
+        varied = var > FLAT * sum_qq
         cov = sum_qt - sum_q * sum_t * per_n
-        joint = cov / (var if var > 0.0 else 1.0)
-        joint = joint if var > 0.0 else f64(F[SCALE + lane])
+        joint = cov / (var if varied else 1.0)
+        joint = joint if varied else f64(F[SCALE + lane])
         joint = _round_scale(joint, D[FLOOR + lane], low, high, D[UNIT + lane], D[PER_UNIT + lane], stored)
         zero = (sum_q - sum_t / joint) * per_n
         zero = _round_real(zero, joint, mode, high, max_zero, D[UNIT + lane], D[PER_UNIT + lane], stored)
@@ -408,9 +410,10 @@ def _fit_int(F, D, n, max_code, low, high, stored):
         sum_q, sum_qq, sum_t, sum_qt = _sums(F, lane)
         scale, floor, unit, per_unit = f64(F[SCALE + lane]), D[FLOOR + lane], D[UNIT + lane], D[PER_UNIT + lane]
         var = sum_qq - sum_q * sum_q / n
+        varied = var > FLAT * sum_qq
         cov = sum_qt - sum_q * sum_t / n
-        joint = cov / (var if var > 0.0 else 1.0)
-        joint = _round_scale(joint if var > 0.0 else scale, floor, low, high, unit, per_unit, stored)
+        joint = cov / (var if varied else 1.0)
+        joint = _round_scale(joint if varied else scale, floor, low, high, unit, per_unit, stored)
         below = min(max(math.floor((sum_q - sum_t / joint) / n), 0.0), max_code)
         above = min(below + 1.0, max_code)
         scale_below, gain_below = _fit_scale(

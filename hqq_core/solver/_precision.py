@@ -32,8 +32,12 @@ class StoredType:
 # As max_zero, where the zero is a whole number: no step is so small that weights lose their place or squares overflow.
 MAX_STEPS = 2.0**23
 
-# A squared error that is derived from float32 sums counts for this much more: a step must gain more than they lost in rounding.
-ROUNDED = 1 + 2.0**-20
+# A squared error that is derived from float32 sums counts for this much more, and for this share of what the sum of weights
+# contributes: a step must gain more than they lost in rounding.
+ROUNDED, NOISE = 1 + 2.0**-20, 2.0**-22
+
+# Codes whose variance is no more than this share of their mean square are all the same, but for rounding: they tell no scale.
+FLAT = 2.0**-22
 
 STORED_TYPES = {
     "float32": StoredType(24, 2.0**126, 2.0**-126, 2.0**23, 0.0),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hqq_core.solver._precision import MAX_STEPS, ROUNDED, STORED_TYPES
+from hqq_core.solver._precision import FLAT, MAX_STEPS, ROUNDED, STORED_TYPES
 from hqq_core.solver._starts import starts, trial_iters
 from hqq_core.spec import REAL_ZEROS, QuantSpec
 
@@ -164,7 +164,7 @@ def least_squares(
         return _fixed_zero(sum_q, sum_qq, sum_t, sum_qt, n, zero, scale, W, exponent, spec)[:2]
     var, cov = sum_qq - sum_q**2 / n, sum_qt - sum_q * sum_t / n
     with np.errstate(divide="ignore", invalid="ignore"):
-        joint = np.where(var > 0, cov / var, scale)
+        joint = np.where(var > FLAT * sum_qq, cov / var, scale)
     joint = round_scale(joint, W, exponent, spec)
     zero = sum_q / n - sum_t / n / joint
     if spec.zero in REAL_ZEROS:

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hqq_core.solver._precision import MAX_STEPS, ROUNDED, STORED_TYPES
+from hqq_core.solver._precision import FLAT, MAX_STEPS, NOISE, ROUNDED, STORED_TYPES
 from hqq_core.solver._starts import starts, trial_iters
 from hqq_core.spec import QuantSpec
 
@@ -158,7 +158,7 @@ def _solve_tiles(
     W, energy, starts, codes, scales, zeros, errors,
     n_groups, groups_per_row, groups_per_block, first_group, trial_iters, iters, p, beta, kappa,
     GROUP_SIZE: tl.constexpr, AXIS: tl.constexpr, WEIGHTED: tl.constexpr, ZERO: tl.constexpr, MAX_CODE: tl.constexpr,
-    MIDDLE: tl.constexpr, MAX_STEPS: tl.constexpr, ROUNDED: tl.constexpr,
+    MIDDLE: tl.constexpr, MAX_STEPS: tl.constexpr, ROUNDED: tl.constexpr, NOISE: tl.constexpr, FLAT: tl.constexpr,
     SQUARES: tl.constexpr, PER_BYTE: tl.constexpr, STARTS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, MAX_ZERO: tl.constexpr, DROP: tl.constexpr, SUB: tl.constexpr, SMALLEST: tl.constexpr,
     CHUNKS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -287,7 +287,8 @@ def _solve_tiles(
                 scale = fitted.to(tl.float32)
             else:
                 var, cov = sum_qq - sum_q * sum_q / n, sum_qt - sum_q * sum_t / n
-                joint = tl.where(var > 0.0, cov / tl.where(var > 0.0, var, 1.0), last)
+                varied = var > FLAT * sum_qq
+                joint = tl.where(varied, cov / tl.where(varied, var, 1.0), last)
                 joint = _round_scale(joint, floor, unit, per_unit, LOW, HIGH, DROP, SUB)
                 middle = (sum_q - sum_t / joint) / n
                 if ZERO == "float" or ZERO == "offset":
@@ -308,7 +309,8 @@ def _solve_tiles(
                 a = last - scale.to(tl.float64)
                 b = scale.to(tl.float64) * zero.to(tl.float64) - last * last_zero
                 gain = a * a * sum_qq + b * b * n + 2.0 * (a * sum_qr + b * (sum_t - sum_w_r) + a * b * sum_q)
-                objective = (objective.to(tl.float64) * ROUNDED + gain).to(tl.float32)
+                noise = NOISE * tl.abs(b * sum_t)
+                objective = (objective.to(tl.float64) * ROUNDED + noise + gain).to(tl.float32)
                 active = active & (objective < best) & (limit > 0)
                 best = tl.where(active, objective, best)
                 best_scale, best_zero = tl.where(active, scale, best_scale), tl.where(active, zero, best_zero)
@@ -446,7 +448,8 @@ def constants(spec: QuantSpec, group_size: int, *, weighted: bool, packed: bool)
     stored, tile = STORED_TYPES[spec.scale_dtype], tile_for(group_size)
     return {
         "GROUP_SIZE": group_size, "AXIS": spec.axis, "WEIGHTED": weighted, "ZERO": spec.zero, "MAX_CODE": float(spec.max_code),
-        "MIDDLE": float(spec.middle), "MAX_STEPS": MAX_STEPS, "ROUNDED": ROUNDED, "SQUARES": spec.lp_norm == 2,
+        "MIDDLE": float(spec.middle), "MAX_STEPS": MAX_STEPS, "ROUNDED": ROUNDED, "NOISE": NOISE, "FLAT": FLAT,
+        "SQUARES": spec.lp_norm == 2,
         "PER_BYTE": 8 // spec.code_bits if packed else 1,
         "STARTS": spec.starts,
         "LOW": stored.min_scale, "HIGH": stored.max_scale, "MAX_ZERO": stored.max_zero, "DROP": 24 - stored.mantissa_bits,

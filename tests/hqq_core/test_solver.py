@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hqq_core import QuantSpec, quantize
@@ -79,6 +79,11 @@ def test_kernel_agrees_with_the_reference(nbits, zero, lp_norm, starts, weighted
     spec=specs, seed=st.integers(0, 1000), columns=st.sampled_from([1, 2, 7, 8, 64, 65]), exponent=st.integers(-12, 3),
     spread=st.sampled_from([None, 0.5, 3.0]),
 )  # fmt: skip
+@example(QuantSpec(nbits=1, group_size=None, starts=1, scale_dtype="float32"), 410, 2, 0, 3.0)  # all error is rounding
+@example(
+    QuantSpec(nbits=1, group_size=None, zero="offset", starts=1, scale_dtype="float16"), 1, 1, 0, 0.5
+)  # one weight
+@example(QuantSpec(nbits=1, group_size=None, starts=2, scale_dtype="float32"), 0, 1, 0, 0.5)  # its codes tell no scale
 def test_never_worse_than_round_to_nearest(spec, seed, columns, exponent, spread):
     W = gaussian(5, columns, seed, scale=10.0**exponent) + 10.0**exponent * (seed % 3)
     energy = None if spread is None else energies(columns, seed, spread)

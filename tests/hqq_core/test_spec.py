@@ -81,4 +81,5 @@ def test_each_format_has_its_own_zero():
         "gptq": "none",
         "metal": "offset",
         "humming": "float",
+        "gguf": "offset",
     }

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from hqq_core.formats import FORMATS, check_recipe
@@ -22,8 +24,14 @@ def test_the_list_has_every_format_as_declared(api):
 
 
 def test_a_job_can_be_drawn_from_the_list(api):
-    """The first size, axis and zero of each width make a recipe that its format holds."""
+    """The first size, axis and zero of each width make a recipe that its format holds; where there are types, each is one."""
     for entry in api.get("/v1/formats").json()["data"]:
+        for name in entry["types"]:
+            assert check_recipe(Recipe(format=entry["name"], type=name)).zero in itertools.chain(
+                *entry["zeros"].values()
+            )
+        if entry["types"]:
+            continue
         for nbits, zeros in entry["zeros"].items():
             width = float(nbits)
             size = (entry["group_sizes"] or [entry["group_multiple"]])[0]
