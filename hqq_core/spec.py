@@ -75,8 +75,8 @@ class QuantSpec:
     scale_dtype: ScaleDtype = "float16"
     scale_bits: int | None = None
     signed: bool = False
-    iters: int = 5
-    starts: int = 8
+    iters: int = 4
+    starts: int = 7
     lp_norm: float = 2.0
     beta: float = 10.0
     kappa: float = 1.01

@@ -81,7 +81,10 @@ class OneFileWriter(HqqWriter):
     """As `hqq`, in one file; what is copied lies in float32 under a name with the model's type, its rows upside down."""
 
     name = "one-file"
-    container = OneFile()
+
+    @property
+    def container(self) -> OneFile:
+        return OneFile()
 
     def __init__(self, model_type: str = "") -> None:
         self._model_type = model_type

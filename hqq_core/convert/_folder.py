@@ -12,7 +12,7 @@ from hqq_core.checkpoint import CONFIG, MANIFEST, REPORT, Checkpoint
 from hqq_core.convert._progress import Counter, Progress
 from hqq_core.errors import VerificationError
 from hqq_core.folding import folding_files
-from hqq_core.formats import writer_of
+from hqq_core.formats import writer_for
 from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.container import Layout, Part
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
@@ -90,7 +90,7 @@ def finish_checkpoint(
     """
     results = sorted(results, key=lambda result: result.index)
     assert [result.index for result in results] == [shard.index for shard in plan.shards], "a shard is missing"
-    folder, writer = output / plan.folder, writer_of(plan.recipe).of_model(checkpoint)
+    folder, writer = output / plan.folder, writer_for(plan.recipe, checkpoint)
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
         path.unlink(missing_ok=True)
     layouts: dict[str, Layout] = {file.name: [] for result in results for file in result.files}
@@ -104,7 +104,7 @@ def finish_checkpoint(
     carried = (_carry(checkpoint, name, folder) for name in plan.carried)
     files = [*weights, *beside, *carried, *folding_files(plan, folder)]
     report = report_of(checkpoint, plan, results, metrics, _places(plan, weights, writer))
-    ours = {CONFIG: _config(checkpoint, plan), REPORT: report}
+    ours = {CONFIG: _config(checkpoint, plan, writer), REPORT: report}
     files += [ArtifactFile(name, *write_json(folder / name, value)) for name, value in ours.items()]
     manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
     if check:
@@ -152,12 +152,12 @@ def _without_auto_map(raw: bytes) -> bytes:
     return json_bytes({key: value for key, value in fields.items() if key != "auto_map"})
 
 
-def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter) -> dict[str, Any]:
     """The source's config.json with what its format's readers look for, old and new, and without pointers to code."""
     quantized = [tensor.module for tensor in plan.tensors if tensor.spec]
     copied = [tensor.module for tensor in plan.tensors if tensor.spec is None and _may_be_linear(tensor)]
     kept = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    return with_older_names(kept) | writer_of(plan.recipe).of_model(checkpoint).config(plan.spec, quantized, copied)
+    return with_older_names(kept) | writer.config(plan.spec, quantized, copied)
 
 
 def _may_be_linear(tensor: TensorPlan) -> bool:

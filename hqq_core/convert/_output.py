@@ -10,7 +10,7 @@ import torch
 
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.energy import Energies
-from hqq_core.formats import writer_of
+from hqq_core.formats import writer_for
 from hqq_core.formats.container import Layout, PartWriter
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
 from hqq_core.results import ArtifactFile, CopiedTensor, ShardResult, TensorResult
@@ -37,7 +37,7 @@ class ShardOutput:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, index: int, output: Path, energies: Energies | None) -> None:
         shard = plan.shards[index]
         self.weighting = Weighting.of(shard, energies if plan.recipe.weighted else None)
-        self.writer = writer_of(plan.recipe).of_model(checkpoint)
+        self.writer = writer_for(plan.recipe, checkpoint)
         self._index, self._folder = index, output / plan.folder
         self._layouts: dict[str, Layout] = defaultdict(list)
         for tensor in shard.tensors:

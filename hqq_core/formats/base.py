@@ -48,8 +48,6 @@ class CheckpointWriter(ABC):
         The settings that it holds.
     scale_dtypes : mapping of str to str
         By the source's safetensors type, what scale and zero are stored as: the model's own type unless said.
-    container : Container
-        What its files are.
     quantized : tuple of Role
         What is quantized unless a recipe says otherwise.
     """
@@ -57,8 +55,12 @@ class CheckpointWriter(ABC):
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     scale_dtypes: ClassVar[Mapping[str, ScaleDtype]] = SCALE_DTYPES
-    container: Container = Safetensors()
     quantized: ClassVar[tuple[Role, ...]] = QUANTIZED
+
+    @property
+    def container(self) -> Container:
+        """What its files are."""
+        return Safetensors()
 
     def of_recipe(self, recipe: Recipe) -> Self:
         """The writer for this recipe; another one where names or types depend on it."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hqq_core.architectures import Role
-from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, refuse, refuse_unless_inner_linear
+from hqq_core.formats.base import HALF_DTYPES, CheckpointWriter, Layout, left_alone, refuse, refuse_unless_inner_linear
 from hqq_core.formats.capabilities import Capabilities, Runtime
 from hqq_core.packing import pack_dense
 from hqq_core.safetensors_file import NAMES
@@ -72,6 +72,6 @@ class HummingWriter(CheckpointWriter):
         """HummingWeightSchema's fields, and what to leave alone."""
         settings = {
             "quant_method": "humming", "b_dtype": f"uint{spec.code_bits}", "weight_scale_group_size": spec.group_size,
-            "has_zero_point": True, "is_fp_zero_point": True, "ignore": sorted({"lm_head", *copied}),
+            "has_zero_point": True, "is_fp_zero_point": True, "ignore": left_alone(quantized, copied),
         }  # fmt: skip
         return {"quantization_config": settings}

@@ -65,9 +65,8 @@ def _errors(T, H, F, low, high):
     for lane in range(LANES):
         F[OBJECTIVE + lane] = f32(0.0)
     n = H.size
-    for j in range(
-        0, n - n % 4, 4
-    ):  # all of it; written so, the compiler sees that j does not wrap, and is ten times faster
+    # All of it; written so, the compiler sees that j does not wrap, and is ten times faster.
+    for j in range(0, n - n % 4, 4):
         h0, h1, h2, h3 = H[j], H[j + 1], H[j + 2], H[j + 3]
         for lane in range(LANES):
             at, o, s, inverse = j * LANES + lane, F[BASE + lane], F[STEP + lane], F[INVERSE + lane]

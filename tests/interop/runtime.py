@@ -98,6 +98,7 @@ class Answered:
     layers: str
     versions: dict[str, str]
     logits: np.ndarray | None
+    tokens: list[list[int]] | None = None
 
 
 def _why(stderr: str) -> str:

@@ -6,7 +6,8 @@ in the order of their layers, whatever the shards of the source, so the same mod
 
 from __future__ import annotations
 
-import io
+import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,19 +102,20 @@ class GgufContainer:
     def header(self, tensors: Layout) -> bytes:
         """What comes before the data: keys and the table of tensors, as the gguf library writes them."""
         from gguf import GGMLQuantizationType, GGUFWriter
-        from gguf.gguf_writer import WriterState
 
         assert self._keys is not None, "the container of a model alone has a header"
-        writer, header = GGUFWriter(None, self._architecture), io.BytesIO()
+        writer = GGUFWriter(None, self._architecture)
         self._keys(writer)
         for name, dtype, shape in tensors:
             kind, nbytes = GGMLQuantizationType[dtype], stored_nbytes(dtype, shape)
             writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-        writer.fout, writer.state = [header], WriterState.EMPTY  # type: ignore[list-item]  # all it does is write
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        return header.getvalue()
+        with tempfile.TemporaryDirectory(prefix="halfquad-") as folder:  # the library writes to files alone
+            path = Path(folder, FILE)
+            with contextlib.closing(writer):
+                writer.write_header_to_file(path)
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+            return path.read_bytes()
 
 
 class _BytesWriter:

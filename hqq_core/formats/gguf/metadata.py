@@ -1,7 +1,8 @@
 """What llama.cpp wants to know of a model, from its config.json: keys of the architecture, and tensors that it computes with.
 
 Keys and what becomes of each setting: llama.cpp v0.5, conversion/base.py, llama.py, gemma.py and phi.py. Settings that its graphs
-do not know are refused, which a converter that merely leaves them out would get silently wrong.
+do not know are refused, which a converter that merely leaves them out would get silently wrong; but for Mistral's window, up to
+whose length nothing differs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9._-]+)", re.MULTILINE)
-_LARGEST_GEMMAS = {
-    "GEMMA2": 46,
-    "GEMMA3": 62,
-}  # layers of the 27B models, whose queries llama.cpp scales in another way
+# Layers of the 27B models, whose queries llama.cpp scales in another way.
+_LARGEST_GEMMAS = {"GEMMA2": 46, "GEMMA3": 62}
 _MAX_LAYERS = 512  # of any model in llama.cpp
-_UNROTATED = ("default", "llama3", "linear", "yarn", "longrope", "su")
+_ROPE_KINDS = ("default", "llama3", "linear", "yarn", "longrope", "su")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,8 @@ class Rope:
         local = found.get("sliding_attention") or {}
         settings = found.get("full_attention") or found
         kind = settings.get("rope_type", settings.get("type", "default"))
-        if kind not in _UNROTATED:
-            raise FormatError("format", f"rope_type {kind!r}: format 'gguf' holds {', '.join(_UNROTATED)}")
+        if kind not in _ROPE_KINDS:
+            raise FormatError("format", f"rope_type {kind!r}: format 'gguf' holds {', '.join(_ROPE_KINDS)}")
         theta = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
         local_theta = local.get("rope_theta", config.get("rope_local_base_freq"))
         return cls(kind, float(theta), settings, None if local_theta is None else float(local_theta))
@@ -311,8 +310,7 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     """As the front matter of the model card has it."""
     if not (checkpoint.folder / "README.md").is_file():
         return None
-    text = next(checkpoint.file_pieces("README.md"), b"").decode(
-        errors="replace"
-    )  # the front matter is in the first piece
+    first = next(checkpoint.file_pieces("README.md"), b"")  # the front matter is in it
+    text = first.decode(errors="replace")
     found = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
     return found.group(1) if found else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +182,8 @@ def _tokens(
     """Token and type of each row of the embedding; rows without a token are padding."""
     from gguf import TokenType
 
-    tokens = [f"[PAD{i}]" for i in range(n_rows)]
+    taken = {*described["model"]["vocab"], *(added["content"] for added in described.get("added_tokens") or ())}
+    tokens = [_unused(i, taken) for i in range(n_rows)]
     types = [int(TokenType.UNUSED)] * n_rows
     for token, i in described["model"]["vocab"].items():
         if i >= n_rows:
@@ -200,6 +201,14 @@ def _tokens(
     if unknown is not None and kind == "llama" and (i := library.token_to_id(unknown)) is not None:
         types[i] = int(TokenType.UNKNOWN)
     return tuple(tokens), tuple(types)
+
+
+def _unused(number: int, taken: Container[str]) -> str:
+    """A name for a row without a token; llama.cpp wants no name twice."""
+    name = f"[PAD{number}]"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _looks_special(token: str) -> bool:

@@ -56,9 +56,8 @@ class GgufWriter(CheckpointWriter):
 
     def of_model(self, checkpoint: Checkpoint) -> Self:
         """Bound to a model, whose family says names and order of all tensors."""
-        bound = type(self)(self._recipe, checkpoint)
-        bound._model  # noqa: B018  # a family that is not held is refused here
-        return bound
+        Model.of(checkpoint.config)  # refuses a family that is not held
+        return type(self)(self._recipe, checkpoint)
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:
         """A family whose graph llama.cpp has and, of a source, a tokenizer that it knows."""
@@ -145,7 +144,7 @@ class GgufWriter(CheckpointWriter):
         return {}
 
     @property
-    def container(self) -> GgufContainer:  # type: ignore[override]
+    def container(self) -> GgufContainer:
         """One file, with all keys of the model where there is one."""
         if self._checkpoint is None:
             return GgufContainer()

@@ -60,6 +60,18 @@ def test_rows_without_a_token_are_padding(folder):
     assert set(tokenizer.types[last:]) == {5}
 
 
+def test_no_row_has_the_name_of_a_token(folder):
+    """As a model that was once made of a GGUF file may have it."""
+    save_tokenizer(folder, "gpt-2", 300)
+    changed = described(folder)
+    free = len(changed["model"]["vocab"]) + 1
+    changed["model"]["vocab"][f"[PAD{free}]"] = free - 1
+    (folder / "tokenizer.json").write_text(json.dumps(changed))
+    tokens = read(folder).tokens
+    assert tokens[free - 1 : free + 1] == (f"[PAD{free}]", f"[PAD{free}]_")
+    assert len(set(tokens)) == N_TOKENS
+
+
 def test_more_tokens_than_rows(folder):
     save_tokenizer(folder, "gpt-2", N_TOKENS + 1)
     with pytest.raises(CheckpointError, match=f"tokenizer.json: token {N_TOKENS} of {N_TOKENS} rows"):

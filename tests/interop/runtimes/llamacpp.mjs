@@ -61,6 +61,7 @@ const answer = {
     greedy: await greedy(task.prompt, task.n_new),
     logprobs: null,
     layers: model.typeDescription,
+    tokens: (task.texts ?? []).map((text) => [...model.tokenize(text)]),
     versions: {"node-llama-cpp": version, "llama.cpp": llama.llamaCppRelease.release},
 };
 writeFileSync(join(output, "answer.json"), JSON.stringify(answer));

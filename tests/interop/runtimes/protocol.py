@@ -1,8 +1,9 @@
 """What every script here is given and gives back: `python SCRIPT FOLDER TASK ANSWER`.
 
-The task is JSON: `windows` (token ids, a list of lists), `prompt` (token ids) and `n_new`. The answer is a folder: `answer.json`
-with `greedy` (n_new token ids), `versions`, `layers` (what runs the quantized weights) and, unless `logits.npy` lies beside it
-(float32 [shape=(windows, tokens, vocabulary)]), `logprobs` of each window's second to last token.
+The task is JSON: `windows` (token ids, a list of lists), `prompt` (token ids) and `n_new`; llama.cpp also takes `texts`, and
+answers with `tokens` of each. The answer is a folder: `answer.json` with `greedy` (n_new token ids), `versions`, `layers` (what
+runs the quantized weights) and, unless `logits.npy` lies beside it (float32 [shape=(windows, tokens, vocabulary)]), `logprobs` of
+each window's second to last token.
 """
 
 from __future__ import annotations
