@@ -1,5 +1,7 @@
 """Transactions on SQLite and PostgreSQL: `read()` looks, `write()` commits at its end."""
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,11 +50,24 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins no transactions of its own
     for pragma in (
         f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
         "synchronous=FULL",  # an accepted job survives a power cut
         "foreign_keys=ON",
     ):
         connection.execute(f"PRAGMA {pragma}")
+    _set_wal(connection)
+
+
+def _set_wal(connection: Any) -> None:
+    """Once for a file; of two that do it at once SQLite refuses one without waiting."""
+    give_up_at = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.01)
 
 
 def _begin(connection: Connection) -> None:
