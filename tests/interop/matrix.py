@@ -13,6 +13,7 @@ from hqq_core.formats.gguf.file_types import MAIN_TYPES
 from hqq_core.formats.gptq import FAMILIES
 
 SMOLLM2 = "smollm2-135m"
+TERNARY = "smollm2-135m, made ternary"
 GROUPS = (64, 32, 128)  # of 128 SmolLM2's 576 inputs are no multiple: there its down projections alone are quantized
 TINY = tuple(f"{family}, {dtype}" for family in FAMILIES for dtype in ("float16", "bfloat16"))
 
@@ -76,6 +77,8 @@ MATRIX = (
     Cells("awq", ("vLLM", "mlx-lm (awq)", "gptqmodel"), group_sizes=(64, 128)),
     Cells("gptq", ("gptqmodel",), group_sizes=(64, 32)),  # it wants all layers
     Cells("gguf", ("transformers (gguf)", "llama.cpp"), types=tuple(MAIN_TYPES)),
+    Cells("bitnet", ("transformers (bitnet)",), group_sizes=(None,), models=(TERNARY,)),
+    Cells("gguf", ("transformers (gguf)", "llama.cpp"), types=("TQ2_0",), models=(TERNARY,)),
     Cells("awq", ("gptqmodel",), group_sizes=(64, 128), models=TINY),
     Cells("gptq", ("gptqmodel",), models=TINY),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ import torch
 from hqq_core import Checkpoint, Recipe, build_plan
 from hqq_core.energy import Energies, profile
 from hqq_core.evaluate import load_model, tokenize
+from hqq_core.formats import writer_for
+from hqq_core.plan import Plan, stored_tensors
 from hqq_core.weighting import Weighting
 from tests.families import build
+from tests.interop.rounding import PER_TOKEN, Rounding, block_size, in_blocks, per_token, round_inputs
 from tests.interop.runtime import Arithmetic
 from tests.interop.runtimes import causal
-from tests.models import cached, english
+from tests.models import MODELS, cached, english
 from tests.solved import solved
 
 PROMPT = "The capital of France is"
@@ -29,8 +34,8 @@ class Source:
     """A model to quantize, with what is asked of it and of what becomes of it."""
 
     def __init__(self, name: str, folder: Path, n_tokens: int) -> None:
-        self.name, self.real = name, "," not in name
-        self.folder = cached(name) if self.real else _save_tiny(name, folder)
+        self.name, self.real = name, name.partition(",")[0] in MODELS
+        self.folder = _folder(name, folder)
         self.model = load_model(self.folder)
         self.dtype = Checkpoint.open(self.folder).config["dtype"]
         self.task = _task_of(self.folder, n_tokens) if self.real else _TINY_TASK
@@ -49,9 +54,12 @@ class Reference:
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self._source = source
         checkpoint = Checkpoint.open(source.folder)
-        energies = profile(checkpoint, recipe.energy if recipe.weighted else "none")
-        self._solved = dict(solved(source.folder, recipe, energies))
-        self._folded = dict(folded(checkpoint, recipe, energies))
+        plan = build_plan(checkpoint, recipe)
+        energies = profile(checkpoint, plan.recipe.energy if plan.recipe.weighted else "none")
+        plan = plan.with_energies(energies)
+        self._solved = dict(solved(source.folder, plan.recipe, energies))
+        self._folded = dict(folded(plan, energies))
+        self._roundings = partial(roundings, checkpoint, plan)
         self._done: dict[Arithmetic, tuple[np.ndarray, list[int]]] = {}
 
     def logits(self, arithmetic: Arithmetic) -> np.ndarray:
@@ -71,19 +79,34 @@ class Reference:
 
     @torch.no_grad()
     def _model(self, arithmetic: Arithmetic) -> Any:
-        dequantizes, holds, computes = (getattr(torch, name) for name in dataclasses.astuple(arithmetic))
+        dequantizes, holds, computes = (getattr(torch, name) for name in dataclasses.astuple(arithmetic)[:3])
         model = copy.deepcopy(self._source.model)
         model.load_state_dict(self._folded, strict=False)
         for module, tensor in self._solved.items():
             model.get_submodule(module).weight.copy_(tensor.dequantize(dequantizes).to(holds))
+        if arithmetic.activations:
+            round_inputs(model, dict(self._roundings(arithmetic.activations)))
         return model.to(computes)
 
 
-def folded(checkpoint: Checkpoint, recipe: Recipe, energies: Energies) -> Iterator[tuple[str, torch.Tensor]]:
+def folded(plan: Plan, energies: Energies) -> Iterator[tuple[str, torch.Tensor]]:
     """Norms and biases that are not what they were."""
-    for shard in build_plan(checkpoint, recipe).with_energies(energies).shards:
+    for shard in plan.shards:
         values = Weighting.of(shard, energies).values
         yield from ((tensor.name, values[tensor.name]) for tensor in shard.tensors if tensor.folded and not tensor.spec)
+
+
+def roundings(checkpoint: Checkpoint, plan: Plan, activations: str) -> Iterator[tuple[str, Rounding]]:
+    """How the input of each quantized module is rounded; an embedding is looked up, and multiplied where it is the head."""
+    writer = writer_for(plan.recipe, checkpoint)
+    for tensor in plan.tensors:
+        if tensor.spec is None:
+            continue
+        module = "lm_head" if tensor.name.endswith("embed_tokens.weight") else tensor.module
+        if activations == PER_TOKEN:
+            yield module, per_token
+        else:
+            yield module, partial(in_blocks, size=block_size(stored_tensors(tensor, writer)[0][1]))
 
 
 def perplexity(logprobs: np.ndarray) -> float:
@@ -97,6 +120,27 @@ def _task_of(folder: Path, n_tokens: int) -> dict[str, Any]:
 
 
 _TINY_TASK = {"windows": [[i * 7 % 320 for i in range(1, 65)]], "prompt": [7, 14, 21], "n_new": 8}
+
+
+def _folder(name: str, folder: Path) -> Path:
+    model, _, kind = name.partition(", ")
+    if model not in MODELS:
+        return _save_tiny(name, folder)
+    return _save_ternary(cached(model), folder) if kind else cached(model)
+
+
+def _save_ternary(source: Path, folder: Path) -> Path:
+    """A model whose matrices were made ternary as absmean training leaves them: a wreck, but what a trained one looks like."""
+    model = load_model(source)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                s = parameter.abs().mean()
+                parameter.copy_((parameter / s).round().clamp(-1, 1) * s)
+    model.to(getattr(torch, Checkpoint.open(source).config["dtype"])).save_pretrained(folder)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
 
 
 def _save_tiny(name: str, folder: Path) -> Path:

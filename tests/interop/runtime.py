@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from tests.interop.environment import Environment, Node, Own, Venv
+from tests.interop.rounding import BLOCKS, PER_TOKEN
 
 TIMEOUT_S = 900
 EXACT = 1e-4  # of the largest logit: float32, with other sums
-TIMES_ROUNDING = 2  # half precision, with other sums than torch's
+TIMES_ROUNDING = 2  # half precision or 8 bit activations, with other sums than torch's
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,28 @@ class Arithmetic:
     ----------
     dequantizes, holds, computes : str or None
         Names of torch types.
+    activations : str or None
+        How what a weight is multiplied with is rounded before: see `rounding`.
     """
 
     dequantizes: str | None = None
     holds: str | None = None
     computes: str | None = None
+    activations: str | None = None
 
     def of(self, dtype: str) -> Arithmetic:
         """For a model of this type."""
-        return Arithmetic(self.dequantizes or dtype, self.holds or dtype, self.computes or dtype)
+        return Arithmetic(self.dequantizes or dtype, self.holds or dtype, self.computes or dtype, self.activations)
 
     @property
     def without_rounding(self) -> Arithmetic:
         """With the same weights, computed in float32."""
-        return dataclasses.replace(self, computes="float32")
+        return dataclasses.replace(self, computes="float32", activations=None)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes in less than float32."""
+        return self != self.without_rounding
 
 
 WIDENED = Arithmetic(computes="float32")
@@ -58,22 +67,21 @@ class Runtime:
         In `runtimes/`.
     environment : Environment
     arithmetic : Arithmetic
-    tolerance : float or None
-        Largest difference to the reference, relative to its largest value. None is `EXACT` where it computes in float32,
-        else `TIMES_ROUNDING` times what the reference loses by computing in the same type.
     """
 
     name: str
     script: str
     environment: Environment
     arithmetic: Arithmetic
-    tolerance: float | None = None
 
     def tolerated(self, rounding: float) -> float:
-        """Largest relative difference that is no fault, where `rounding` is that of the reference in this arithmetic."""
-        if self.tolerance is not None:
-            return self.tolerance
-        return EXACT if self.arithmetic.computes == "float32" else TIMES_ROUNDING * rounding
+        """Largest difference to the reference that is no fault, relative to its largest value.
+
+        `EXACT` where it computes in float32, else `TIMES_ROUNDING` times `rounding`, which is what the reference itself
+        loses in this arithmetic.
+        """
+        computes_exactly = self.arithmetic.computes == "float32" and not self.arithmetic.rounds
+        return EXACT if computes_exactly else TIMES_ROUNDING * rounding
 
     def answer(self, folder: Path, task: dict[str, Any]) -> Answered:
         """What it computes for a folder; a RuntimeError has the last lines of what it said when it failed."""
@@ -122,6 +130,14 @@ RUNTIMES = {
         Runtime("vLLM", "vllm_folder.py", Venv("vllm"), HALF),
         Runtime("gptqmodel", "gptqmodel_folder.py", Venv("gptqmodel"), HALF),
         Runtime("transformers (gguf)", "transformers_gguf.py", Own(), FLOAT32),
-        Runtime("llama.cpp", "llamacpp.mjs", Node("node"), FLOAT32, tolerance=0.1),  # rounds activations to 8 bit
+        Runtime(
+            "llama.cpp", "llamacpp.mjs", Node("node"), Arithmetic("float32", "float32", "float32", activations=BLOCKS)
+        ),
+        Runtime(
+            "transformers (bitnet)",
+            "transformers_folder.py",
+            Own(),
+            Arithmetic(computes="float32", activations=PER_TOKEN),
+        ),
     )
 }

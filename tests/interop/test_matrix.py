@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from hqq_core import FORMATS
 from hqq_core.formats import check_recipe
 from tests.interop.environment import REQUIREMENTS, SCRIPTS, Venv
 from tests.interop.line import BEGIN, END, between_marks, difference, same_until
 from tests.interop.matrix import MATRIX, first_of_each, selected
+from tests.interop.rounding import block_size, in_blocks, per_token
 from tests.interop.runtime import EXACT, RUNTIMES
 
 
@@ -18,8 +20,8 @@ def test_every_cell_is_a_recipe_that_its_format_holds():
 
 
 def test_every_format_runs_somewhere():
-    run = {name for name, writer in FORMATS.items() if not writer.capabilities.experimental} - {"bitnet"}
-    assert {cells.format for cells in MATRIX} == run  # bitnet wants a model that was trained ternary
+    run = {name for name, writer in FORMATS.items() if not writer.capabilities.experimental}
+    assert {cells.format for cells in MATRIX} == run
     assert {name for cells in MATRIX for name in cells.runtimes} <= set(RUNTIMES)
 
 
@@ -70,3 +72,13 @@ def test_continuations_are_compared_token_by_token():
 
 def test_only_what_lies_between_the_marks_is_replaced():
     assert between_marks(f"a\n{BEGIN}\nold\n{END}\nb\n", "new") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+
+
+def test_activations_are_rounded_to_their_block():
+    x = torch.tensor([[0.0] * 32 + [127.0] + [0.4] * 31])
+    assert torch.equal(in_blocks(x, 32), torch.tensor([[0.0] * 32 + [127.0] + [0.0] * 31]))
+    assert torch.equal(in_blocks(x, 64), per_token(x))
+    y = torch.randn(3, 512)
+    step = y.unflatten(-1, (-1, 256)).abs().amax(-1, keepdim=True) / 127
+    assert ((in_blocks(y, 256) - y).unflatten(-1, (-1, 256)).abs() <= step * 0.501).all()
+    assert [block_size(name) for name in ("Q4_0", "Q8_0", "Q4_K", "TQ2_0")] == [32, 32, 256, 256]
