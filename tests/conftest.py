@@ -18,6 +18,8 @@ import torch
 
 START_TIMEOUT_S = 30
 
+pytest_plugins = ["tests.fakehub.fixtures"]
+
 for name in [name for name in os.environ if name.startswith("HALFQUAD_")]:
     del os.environ[name]  # a developer's own settings are none of the tests' business
 
@@ -123,7 +125,7 @@ def _unprivileged_user() -> str | None:
 
 
 def _die_with_pytest(number: signal.Signals) -> Callable[[], None]:
-    from worker.embedded import die_with_parent
+    from worker.death_signal import die_with_parent
 
     return lambda: die_with_parent(number)
 
