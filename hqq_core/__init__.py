@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hqq_core.plan import TensorPlan as TensorPlan
     from hqq_core.plan import build_plan as build_plan
     from hqq_core.plan import build_plans as build_plans
+    from hqq_core.provenance import Provenance as Provenance
     from hqq_core.recipe import Recipe as Recipe
     from hqq_core.results import Manifest as Manifest
     from hqq_core.results import ShardResult as ShardResult
@@ -35,6 +36,7 @@ _HOMES = {
     "HalfquadError": "errors",
     "Manifest": "results",
     "Plan": "plan",
+    "Provenance": "provenance",
     "QuantSpec": "spec",
     "QuantizedTensor": "tensors",
     "Recipe": "recipe",

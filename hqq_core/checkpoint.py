@@ -5,13 +5,11 @@ Headers first, one tensor at a time, by `pread`: no file is mapped. Nothing is u
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,26 +18,22 @@ import torch
 
 from hqq_core.errors import CheckpointError
 from hqq_core.safetensors_file import CHUNK_NBYTES, DTYPES, TensorEntry, read_exactly, read_header
+from hqq_core.source_files import CONFIG as CONFIG
+from hqq_core.source_files import INDEX as INDEX
+from hqq_core.source_files import MAX_CARRIED_NBYTES as MAX_CARRIED_NBYTES
+from hqq_core.source_files import MAX_FOLDER_DEPTH, MAX_JSON_NBYTES, indexed_weights, is_carried, single_weights
+from hqq_core.source_files import SINGLE as SINGLE
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 REPORT = "halfquad_report.json"
 MANIFEST = "halfquad_manifest.json"
 FOLDING = "halfquad_folding.dat"  # a safetensors file under a name that no runtime takes for weights
-OURS = (CONFIG, INDEX, REPORT, MANIFEST, FOLDING)  # written anew for every result
-MAX_JSON_NBYTES = 64_000_000  # the index of a 700B mixture of experts has 10 MB
-MAX_CARRIED_NBYTES = 256_000_000
-MAX_FOLDER_DEPTH = 4
-
-CARRIED = (
-    "*.json", "*.txt", "*.md", "*.model", "tokenizer.model*", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "*.spm",
-)  # fmt: skip
-LEGAL = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*COPYING*", "*USE_POLICY*")  # in any case: MODEL_LICENSE, License.pdf
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+README = "README.md"  # a model card
+SOURCE_README = "SOURCE_README.md"  # the source's card, in a result, which has one of its own
+CHART = "halfquad_errors.png"
+OURS = (CONFIG, INDEX, REPORT, MANIFEST, FOLDING, SOURCE_README, CHART)  # written anew for every result
 
 Opener = Callable[[Path], int]
+Lender = Callable[[str], AbstractContextManager[int]]
 
 
 def open_file(path: Path) -> int:
@@ -62,6 +56,9 @@ class Checkpoint:
         The index's: tensor name to file name; empty where there is no index.
     opener : callable
         Opens a path for reading and returns the descriptor; every byte of the folder passes through it.
+    lender : callable, optional
+        Where the folder has no more than the headers of the weight files: gives, by name, a descriptor of the whole file for as
+        long as a tensor is read.
     """
 
     folder: Path
@@ -69,9 +66,10 @@ class Checkpoint:
     files: tuple[str, ...]
     weight_map: dict[str, str] = field(repr=False)
     opener: Opener = field(default=open_file, repr=False)
+    lender: Lender | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, opener: Opener | None = None) -> Checkpoint:
+    def open(cls, folder: Path, opener: Opener | None = None, lender: Lender | None = None) -> Checkpoint:
         """Read config and index of `folder`.
 
         Raises
@@ -85,7 +83,7 @@ class Checkpoint:
         files, weight_map = _weight_files(folder, opener)
         config = _read_json(folder, CONFIG, opener)
         _check_not_quantized(config)
-        return cls(folder, config, tuple(files), weight_map, opener)
+        return cls(folder, config, tuple(files), weight_map, opener, lender)
 
     def headers(self) -> dict[str, dict[str, TensorEntry]]:
         """Headers of all weight files, which must agree with each other and with the index.
@@ -106,7 +104,7 @@ class Checkpoint:
     def shard(self, name: str) -> Iterator[ShardReader]:
         """Open one weight file, check its header, and read tensors from it."""
         with _opened(self.folder / name, self.opener, missing=f"{name}: no such weight file in the folder") as file:
-            yield ShardReader(name, file, read_header(file, name))
+            yield ShardReader(name, file, read_header(file, name), self.lender)
 
     def carried_files(self) -> tuple[list[str], list[str]]:
         """Names of the files to carry over, each opened once to see that it can be, and of those left out; relative, sorted."""
@@ -116,9 +114,7 @@ class Checkpoint:
             relative = path.relative_to(self.folder)
             if relative.parts[0] in OURS or relative.as_posix() in self.files:
                 continue
-            wanted = (
-                relative.as_posix().isprintable() and _is_carried(path.name) and self._is_small(relative.as_posix())
-            )
+            wanted = relative.as_posix().isprintable() and is_carried(path.name) and self._is_small(relative.as_posix())
             (carried if wanted else left_out).append(relative.as_posix())
         return sorted(carried), sorted(name.encode("utf-8", "backslashreplace").decode() for name in left_out)
 
@@ -142,18 +138,29 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class ShardReader:
-    """One open weight file."""
+    """One open weight file; `file` is where its header was read."""
 
     name: str
     file: int
     entries: dict[str, TensorEntry]
+    lender: Lender | None = None
+
+    @contextmanager
+    def data(self) -> Iterator[int]:
+        """A descriptor of the whole file, to read tensors from within the `with`."""
+        if self.lender is None:
+            yield self.file
+        else:
+            with self.lender(self.name) as file:
+                yield file
 
     def read(self, tensor: str) -> torch.Tensor:
         """One whole tensor in memory of its own."""
         entry = self.entries[tensor]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
-            read_exactly(self.file, memoryview(buffer.numpy().data), entry.begin, self.name)
+            with self.data() as file:
+                read_exactly(file, memoryview(buffer.numpy().data), entry.begin, self.name)
         return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def rows(self, tensor: str, rows: list[int]) -> torch.Tensor:
@@ -162,44 +169,29 @@ class ShardReader:
         size = entry.nbytes // entry.shape[0]
         buffer = torch.empty(len(rows) * size, dtype=torch.uint8)
         places = memoryview(buffer.numpy().data)
-        for i, row in enumerate(rows):
-            read_exactly(self.file, places[i * size : (i + 1) * size], entry.begin + row * size, self.name)
+        with self.data() as file:
+            for i, row in enumerate(rows):
+                read_exactly(file, places[i * size : (i + 1) * size], entry.begin + row * size, self.name)
         return buffer.view(DTYPES[entry.dtype]).reshape(len(rows), *entry.shape[1:])
 
     def pieces(self, tensor: str) -> Iterator[memoryview]:
         """One tensor's bytes in pieces of a few MiB; each piece is valid until the next is asked for."""
         entry = self.entries[tensor]
         buffer = memoryview(bytearray(min(CHUNK_NBYTES, entry.nbytes)))
-        for begin in range(entry.begin, entry.end, CHUNK_NBYTES):
-            piece = buffer[: min(CHUNK_NBYTES, entry.end - begin)]
-            read_exactly(self.file, piece, begin, self.name)
-            yield piece
+        with self.data() as file:
+            for begin in range(entry.begin, entry.end, CHUNK_NBYTES):
+                piece = buffer[: min(CHUNK_NBYTES, entry.end - begin)]
+                read_exactly(file, piece, begin, self.name)
+                yield piece
 
 
 def _weight_files(folder: Path, opener: Opener) -> tuple[list[str], dict[str, str]]:
     """Names of the weight files, and the index's map where there is one."""
     present = sorted(path.name for path in folder.iterdir())
-    if INDEX in present:
-        weight_map = _read_json(folder, INDEX, opener).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{INDEX}: weight_map is {type(weight_map).__name__}: wanted an object with entries")
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-                raise CheckpointError(
-                    f"{INDEX}: {tensor!r} is said to be in {name!r}: wanted a plain *.safetensors name"
-                )
-        return sorted(set(weight_map.values())), weight_map
-    weights = [name for name in present if name.endswith(".safetensors")]
-    if SINGLE in weights:
-        return [SINGLE], {}
-    if len(weights) == 1 and _PLAIN_NAME.fullmatch(weights[0]):
-        return weights, {}
-    if weights:
-        raise CheckpointError(f"{len(weights)} safetensors files and no {INDEX}: wanted {SINGLE}, or an index")
-    pickled = [name for name in present if _matches(name, PICKLED)]
-    if pickled:
-        raise CheckpointError(f"{pickled[0]}: pickled weights are never opened: wanted safetensors")
-    raise CheckpointError(f"no {SINGLE} and no {INDEX} in the folder")
+    if INDEX not in present:
+        return [single_weights(present)], {}
+    weight_map = indexed_weights(_read_json(folder, INDEX, opener))
+    return sorted(set(weight_map.values())), weight_map
 
 
 def _check_agreement(headers: dict[str, dict[str, TensorEntry]], weight_map: dict[str, str]) -> None:
@@ -256,16 +248,6 @@ def _opened(path: Path, opener: Opener, missing: str) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-def _is_carried(name: str) -> bool:
-    if name.endswith((".index.json", ".py", ".safetensors")):
-        return False
-    return _matches(name, CARRIED) or _matches(name.upper(), LEGAL)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from hqq_core.provenance import Provenance
+
 
 @dataclass(frozen=True, slots=True)
 class ArtifactFile:
@@ -71,17 +73,24 @@ class ShardResult:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A finished folder: every file but the manifest itself, and the figures of the whole."""
+    """A finished folder: every file but the manifest itself, the figures of the whole, and where it comes from.
+
+    `provenance` is None in manifests that were written before there was one.
+    """
 
     files: tuple[ArtifactFile, ...]
     metrics: dict[str, Any]
     version: int = 2
+    provenance: Provenance | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        files = [dataclasses.asdict(file) for file in self.files]
+        provenance = self.provenance.to_dict() if self.provenance else None
+        return {"files": files, "metrics": self.metrics, "version": self.version, "provenance": provenance}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
         """Build from `to_dict`'s result, also after a trip through JSON."""
-        return cls(tuple(ArtifactFile(**file) for file in fields["files"]), fields["metrics"], fields["version"])
+        files, origin = tuple(ArtifactFile(**file) for file in fields["files"]), fields.get("provenance")
+        return cls(files, fields["metrics"], fields["version"], Provenance.from_dict(origin) if origin else None)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from hqq_core.errors import CheckpointError, StorageFullError
+from hqq_core.source_files import MAX_HEADER_NBYTES
 
-MAX_HEADER_NBYTES = 25_000_000  # the Hub's limit; the safetensors library takes 100 MB
 MAX_NAME_LENGTH = 1024
 MAX_AXES = 16
 MAX_NBYTES = 1 << 62

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from hqq_core.checkpoint import MANIFEST
 
 HIDDEN, FEED_FORWARD, VOCABULARY = 64, 192, 320
 
@@ -72,4 +75,12 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, to compare two of them byte by byte."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def jobless_bytes(folder: Path) -> dict[str, bytes]:
+    """As `folder_bytes`, but for the job in manifests: what all jobs on a source, and the library, have alike."""
+    return {
+        name: re.sub(rb'"job_id": *"[^"]*"', b'"job_id": null', content) if name.endswith(MANIFEST) else content
+        for name, content in folder_bytes(folder).items()
     }

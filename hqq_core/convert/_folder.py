@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hqq_core.architectures import Role, with_older_names
-from hqq_core.checkpoint import CONFIG, MANIFEST, REPORT, Checkpoint
+from hqq_core.card import card_of
+from hqq_core.checkpoint import CONFIG, MANIFEST, README, REPORT, SOURCE_README, Checkpoint
 from hqq_core.convert._progress import Counter, Progress
 from hqq_core.errors import VerificationError
 from hqq_core.folding import folding_files
@@ -16,6 +18,7 @@ from hqq_core.formats import writer_for
 from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.container import Layout, Part
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
+from hqq_core.provenance import Provenance
 from hqq_core.report import metrics_of, report_of
 from hqq_core.results import ArtifactFile, Manifest, ShardResult
 from hqq_core.safetensors_file import TEMPORARY_PREFIX, json_bytes, sha256_file, write_file, write_json
@@ -65,8 +68,10 @@ def finish_checkpoint(
     output: Path,
     *,
     check: Callable[[Path, Manifest], None] | None = None,
+    provenance: Provenance | None = None,
+    repo_id: str | None = None,
 ) -> Manifest:
-    """Write what joins the shards, config, carried files and report beside them, and the manifest last.
+    """Write what joins the shards, config, carried files, report and model card beside them, and the manifest last.
 
     Parameters
     ----------
@@ -78,6 +83,10 @@ def finish_checkpoint(
         The job's folder, which the plan's lies in. Where weights were folded, `write_folding` wrote there.
     check : callable, optional
         Gets the plan's folder when all else is there, and the manifest to be; where it raises, none is written.
+    provenance : Provenance, optional
+        Where the source is from, for manifest and card; default: a local folder of the checkpoint's name.
+    repo_id : str, optional
+        The repository on the Hub that the result is meant for, which the card then loads it from.
 
     Returns
     -------
@@ -106,7 +115,10 @@ def finish_checkpoint(
     report = report_of(checkpoint, plan, results, metrics, _places(plan, weights, writer))
     ours = {CONFIG: _config(checkpoint, plan, writer), REPORT: report}
     files += [ArtifactFile(name, *write_json(folder / name, value)) for name, value in ours.items()]
-    manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics)
+    origin = dataclasses.replace(provenance or Provenance(folder=_name(checkpoint)), recipe=plan.recipe.to_dict())
+    card = card_of(checkpoint, plan, results, metrics, origin, repo_id=repo_id)
+    files += [ArtifactFile(name, *write_file(folder / name, [raw])) for name, raw in card.items()]
+    manifest = Manifest(tuple(sorted(files, key=lambda file: file.name)), metrics, provenance=origin)
     if check:
         check(folder, manifest)
     write_json(folder / MANIFEST, manifest.to_dict())
@@ -134,12 +146,18 @@ def _remove_parts(plan: Plan, manifest: Manifest, folder: Path) -> None:
 
 
 def _carry(checkpoint: Checkpoint, name: str, output: Path) -> ArtifactFile:
-    """Copy one file, without pointers to code in the repository where such files have them."""
+    """Copy one file, without pointers to code in the repository where such files have them; the card makes room for ours."""
     (output / name).parent.mkdir(parents=True, exist_ok=True)
     pieces = checkpoint.file_pieces(name)
     if name in WITH_POINTERS_TO_CODE:
         pieces = iter([_without_auto_map(b"".join(pieces))])
+    name = SOURCE_README if name == README else name
     return ArtifactFile(name, *write_file(output / name, pieces))
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """Of the folder, not its path, which is nobody's business."""
+    return checkpoint.folder.resolve().name
 
 
 def _without_auto_map(raw: bytes) -> bytes:

@@ -14,6 +14,7 @@ from hqq_core.energy import Energies, profile
 from hqq_core.errors import CheckpointError
 from hqq_core.folding import write_folding
 from hqq_core.plan import Plan, build_plans
+from hqq_core.provenance import Provenance
 from hqq_core.recipe import Recipe
 from hqq_core.results import Manifest
 from hqq_core.safetensors_file import TEMPORARY_PREFIX
@@ -27,6 +28,8 @@ def quantize_checkpoint(
     *recipes: Recipe,
     threads: int | None = None,
     progress: JobProgress | None = None,
+    provenance: Provenance | None = None,
+    repo_id: str | None = None,
 ) -> tuple[Manifest, ...]:
     """Convert the checkpoint in the folder `source` into the new folder `output`, for each recipe, reading it once for all.
 
@@ -41,6 +44,8 @@ def quantize_checkpoint(
     progress : callable, optional
         Gets source bytes done and in total, which counts them twice where they are read for input energies first; what it
         raises stops the work.
+    provenance, repo_id
+        As in `finish_checkpoint`.
 
     Returns
     -------
@@ -66,7 +71,7 @@ def quantize_checkpoint(
             )
             before += shard.nbytes_in
         manifests = tuple(
-            finish_checkpoint(checkpoint, plan, own, output)
+            finish_checkpoint(checkpoint, plan, own, output, provenance=provenance, repo_id=repo_id)
             for plan, own in zip(plans, zip(*results, strict=True), strict=True)
         )
         for left in output.glob(f"{TEMPORARY_PREFIX}*"):

@@ -54,6 +54,9 @@ class Fold:
         return Fold(*parts)
 
 
+Make = tuple[str, Callable[[], Fold]]  # with the first weight that it reads
+
+
 def fold(checkpoint: Checkpoint, *, progress: Progress | None = None) -> tuple[Fold, ...]:
     """Every fold that the family is known to allow; from the weights alone, the same bytes for any number of threads.
 
@@ -63,21 +66,23 @@ def fold(checkpoint: Checkpoint, *, progress: Progress | None = None) -> tuple[F
     progress : callable, optional
         Gets the source bytes read so far; what it raises stops the work.
     """
-    found: list[Fold] = []
+    found: dict[int, Fold] = {}
     with stoppable(), ExitStack() as files, single_threaded():
         readers = [files.enter_context(checkpoint.shard(name)) for name in checkpoint.files]
         weights = Weights(readers, checkpoint.config, progress)
-        for make in (*_behind_norms(weights), *_behind_rows(weights)):
+        makes = [*_behind_norms(weights), *_behind_rows(weights)]
+        # file by file: where weights come from afar and not all can be near, each is then fetched once
+        for i, (_, make) in sorted(enumerate(makes), key=lambda numbered: weights.place_of(numbered[1][0])):
             try:
                 folded = make()
                 _check_finite(folded)
             except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
                 continue  # a config or shapes that this family does not have: nothing is folded there
-            found.append(folded)
-    return tuple(found)
+            found[i] = folded
+    return tuple(found[i] for i in sorted(found))
 
 
-def _behind_norms(weights: Weights) -> Iterator[Callable[[], Fold]]:
+def _behind_norms(weights: Weights) -> Iterator[Make]:
     """One fold for each norm that feeds linears of its own layer and nothing else."""
     fed: dict[str, list[str]] = defaultdict(list)
     norms: dict[str, Norm] = {}
@@ -93,7 +98,7 @@ def _behind_norms(weights: Weights) -> Iterator[Callable[[], Fold]]:
             norms[norm] = feed.norm
     for norm, names in fed.items():
         if all(_is_matrix(name, weights) for name in names) and not _strangers(names, known, weights):
-            yield partial(_behind_norm, norm, norms[norm].offset, names, weights)
+            yield names[0], partial(_behind_norm, norm, norms[norm].offset, names, weights)
 
 
 def _strangers(names: list[str], known: set[str], weights: Weights) -> list[str]:
@@ -116,7 +121,7 @@ def _behind_norm(norm: str, offset: float, names: list[str], weights: Weights) -
     return Fold(dict.fromkeys(names, factors), {}, values)
 
 
-def _behind_rows(weights: Weights) -> Iterator[Callable[[], Fold]]:
+def _behind_rows(weights: Weights) -> Iterator[Make]:
     """One fold for each weight whose inputs are, one by one, a multiple of the outputs of another."""
     relu = _is_relu(weights.config)
     for feed in feeds(weights.config):
@@ -126,7 +131,7 @@ def _behind_rows(weights: Weights) -> Iterator[Callable[[], Fold]]:
         for place, names in places(feed, weights.names):
             before = f"{place.find(rows.module, weights.names)}.weight"
             if len(names) == 1 and all(_is_matrix(name, weights) for name in (*names, before)):
-                yield partial(_behind, rows, place, feed, names[0], weights)
+                yield names[0], partial(_behind, rows, place, feed, names[0], weights)
 
 
 def _behind(rows: Rows, place: Place, feed: Feed, name: str, weights: Weights) -> Fold:

@@ -59,12 +59,18 @@ class Weights:
 
     def __init__(self, readers: list[ShardReader], config: dict[str, Any], progress: Progress | None) -> None:
         self.names = {name: reader for reader in readers for name in reader.entries}
+        self._files = [reader.name for reader in readers]
         self.config, self._count = config, counted(progress)
 
     def in_features(self, name: str) -> int:
         """Columns of a weight."""
         shape = self.names[name].entries[name].shape
         return shape[0] if role(name, shape, self.config) is Role.CONV1D else shape[-1]
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Sorts weights by where they lie: their file, and where in it they begin."""
+        reader = self.names[name]
+        return self._files.index(reader.name), reader.entries[name].begin
 
     def fits(self, vector: torch.Tensor, name: str) -> bool:
         """Whether a vector has a value per input column of a weight, or of each expert's."""

@@ -55,6 +55,8 @@ class Capabilities:
         Weights that are on its grid already are kept as they are and all others refused: nothing is solved, weighed or folded.
     experimental : bool
         Written as its readers' source has it, but never run by them here.
+    library : str
+        What the Hub calls the library that loads a repository of this format (`library_name` of a model card).
     """
 
     zeros: Mapping[float, tuple[ZeroMode, ...]]
@@ -67,6 +69,7 @@ class Capabilities:
     types: tuple[str, ...] = ()
     lossless: bool = False
     experimental: bool = False
+    library: str = "transformers"
 
     @property
     def nbits(self) -> tuple[float, ...]:

@@ -35,6 +35,7 @@ class HqqWriter(CheckpointWriter):
         axes=(0, 1),
         exactness="as solved: real zeros in half precision",
         runtimes=(Runtime("hqq", "0.2.8"), Runtime("transformers", "4.57", "with hqq; not 5")),
+        library="hqq",  # transformers 5 would load it with random weights
     )
     scale_dtypes = (
         HALF_DTYPES  # as the reader will cast them; half precision holds both for a float32 model, at half the bytes

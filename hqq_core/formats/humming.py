@@ -35,6 +35,7 @@ class HummingWriter(CheckpointWriter):
             Runtime("SGLang", "0.5.23", "on CUDA; by its registry"),
         ),
         experimental=True,
+        library="vllm",
     )
     scale_dtypes = HALF_DTYPES  # all that the kernels compute in
 

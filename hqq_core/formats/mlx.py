@@ -33,6 +33,7 @@ class MlxWriter(CheckpointWriter):
         group_sizes=(32, 64, 128),
         exactness="as solved: offsets in the model's type",
         runtimes=(Runtime("mlx-lm", "0.32", "run on Linux"),),
+        library="mlx",
     )
 
     def check_model(self, spec: QuantSpec, quantized: set[Role], copied: set[Role], config: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from hqq_core.checkpoint import CONFIG, FOLDING, REPORT, Checkpoint
 from hqq_core.errors import VerificationError
 from hqq_core.results import ArtifactFile, Manifest
 from hqq_core.verify._check import Count, check_quantized
-from hqq_core.verify._expected import Expected, path_in, read_expected, read_json, read_manifest
+from hqq_core.verify._expected import Expected, path_in, read_expected, read_json
+from hqq_core.verify._expected import read_manifest as read_manifest
 from hqq_core.verify._gguf import GGUF, GgufResult
 from hqq_core.verify._result import Result, SafetensorsResult
 from hqq_core.verify._source import Source

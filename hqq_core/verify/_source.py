@@ -69,11 +69,11 @@ class Source:
         file, entry = self.entries[tensor.name]
         by_columns, by_rows = self._factors(tensor, "columns"), self._factors(tensor, "rows")
         n_rows, n_columns = math.prod(entry.shape[:-1]), entry.shape[-1]
-        with self.checkpoint.shard(file) as reader:
+        with self.checkpoint.shard(file) as reader, reader.data() as data:
             for start in range(0, n_rows, step):
                 stored = np.empty((min(step, n_rows - start), n_columns), NUMBERS[entry.dtype])
                 offset = entry.begin + start * n_columns * stored.itemsize
-                read_exactly(reader.file, stored.data.cast("B"), offset, reader.name)
+                read_exactly(data, stored.data.cast("B"), offset, reader.name)
                 W = floats(stored, entry.dtype)
                 if by_columns is not None:
                     W *= by_columns

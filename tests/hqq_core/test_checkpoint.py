@@ -126,7 +126,7 @@ def test_every_file_passes_through_the_opener(tmp_path):
         "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
         "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
         "LICENSE", "LICENSE.txt", "LICENSE-MODEL", "License.pdf", "MODEL_LICENSE", "LICENCE.md", "NOTICE", "Notice",
-        "COPYING", "USE_POLICY.md", "README.md", "legal/LICENSE", "1_Pooling/config.json", "a/b/c/tokenizer.model",
+        "COPYING", "USE_POLICY.md", "docs/README.md", "legal/LICENSE", "1_Pooling/config.json", "a/b/c/tokenizer.model",
     ],
 )  # fmt: skip
 def test_tokenizer_templates_settings_and_licence_come_along_unchanged(tmp_path, name):
@@ -138,6 +138,15 @@ def test_tokenizer_templates_settings_and_licence_come_along_unchanged(tmp_path,
     assert (set(carried), left_out) == ({name, "generation_config.json"}, [])
     quantize_checkpoint(folder, tmp_path / "out", Recipe(energy="none"))
     assert (tmp_path / "out" / name).read_bytes() == content
+
+
+def test_the_sources_card_makes_room_for_ours_and_comes_along_unchanged(tmp_path):
+    folder = save_llama(tmp_path / "m")
+    (folder / "README.md").write_bytes(b"# A model\r\n")
+    (folder / "SOURCE_README.md").write_text("of a source that was made like this itself")
+    quantize_checkpoint(folder, tmp_path / "out", Recipe(energy="none"))
+    assert (tmp_path / "out" / "SOURCE_README.md").read_bytes() == b"# A model\r\n"
+    assert b"Halfquad" in (tmp_path / "out" / "README.md").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["license_check.py", "NOTICE.safetensors", "LICENSE/modeling_x.py", "x.bin", "x.gguf"])

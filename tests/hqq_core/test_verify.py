@@ -169,7 +169,7 @@ class TestSound:
         result.verify()
 
     def test_other_files_may_lie_beside_it(self, result):
-        (result.folder / "README.md").write_text("# A model\n")
+        (result.folder / "NOTES.md").write_text("# A model\n")
         result.verify()
 
     def test_progress_ends_at_its_total_and_is_told_in_the_callers_thread(self, result):

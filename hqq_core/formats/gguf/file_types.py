@@ -79,4 +79,5 @@ CAPABILITIES = FileTypes(
         Runtime("llama.cpp", "0.5", "by node-llama-cpp 3.22"),
         Runtime("transformers", "5.23", "dequantized; no first Gemma"),
     ),
+    library="gguf",
 )

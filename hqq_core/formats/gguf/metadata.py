@@ -17,11 +17,12 @@ import torch
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.errors import CheckpointError, FormatError, HalfquadError, short
 from hqq_core.formats.gguf.families import Family, family_of
+from hqq_core.source_card import front_matter
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9._-]+)", re.MULTILINE)
+_LICENSE = re.compile(r"[A-Za-z0-9._-]+")
 # Layers of the 27B models, whose queries llama.cpp scales in another way.
 _LARGEST_GEMMAS = {"GEMMA2": 46, "GEMMA3": 62}
 _MAX_LAYERS = 512  # of any model in llama.cpp
@@ -308,9 +309,5 @@ def add_general(writer: GGUFWriter, checkpoint: Checkpoint, file_type: str) -> N
 
 def _licence(checkpoint: Checkpoint) -> str | None:
     """As the front matter of the model card has it."""
-    if not (checkpoint.folder / "README.md").is_file():
-        return None
-    first = next(checkpoint.file_pieces("README.md"), b"")  # the front matter is in it
-    text = first.decode(errors="replace")
-    found = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
-    return found.group(1) if found else None
+    name = front_matter(checkpoint).get("license")
+    return name if isinstance(name, str) and _LICENSE.fullmatch(name) else None
