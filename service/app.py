@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp
 
-from service.api import formats, health, jobs, problems
+from service.api import formats, health, jobs, problems, watches
 from service.api.envelope import Envelope
 from service.common.logs import configure_logging
 from service.common.schema import check_head
@@ -46,6 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install(app)
     app.include_router(jobs.router)
+    app.include_router(watches.router)
     app.include_router(formats.router)
     app.include_router(health.router)
     return app

@@ -8,29 +8,30 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service import watch_commands
+from service.gathered_options import takes
+from service.place_options import source_of, target
 from service.printing import bytes_bar, job_row, print_job, print_json, print_metrics, print_table, sentence
-from service.recipe_options import takes_recipes
+from service.recipe_options import recipes
+from service.service_options import DEFAULT_URL, Json, Label, Url, connected, labels_of
 
 if TYPE_CHECKING:
     from service.client import Client
     from service.common.settings import Settings
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 API_STOP_S = 5  # open event streams are cut after this
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 jobs = typer.Typer(no_args_is_help=True, help="Look at jobs and stop them.")
 app.add_typer(jobs, name="jobs")
+app.add_typer(watch_commands.app, name="watch")
 
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Url = Annotated[str, typer.Option(envvar="HALFQUAD_URL", help="Where the service answers.")]
 JobId = Annotated[str, typer.Argument(help="A job's id.")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
@@ -87,14 +88,16 @@ def api(host: Host = None, port: Port = None) -> None:
 
     from service.app import create_app
     from service.common import schema
+    from service.common.credentials import Credentials
     from service.common.logs import configure_logging
     from service.common.session import Database
 
     _set(HOST=host, PORT=port)
     settings = _settings()
     configure_logging(settings.log_level)
+    Credentials(settings)  # what is wrong is said in one line here, in a trace from uvicorn
     database = Database(settings.database_url)
-    schema.check_head(database)  # in one line here, in a trace from uvicorn
+    schema.check_head(database)
     database.close()
     uvicorn.run(
         create_app(settings),
@@ -165,7 +168,7 @@ def _become(module: str, *arguments: str) -> NoReturn:
 
 
 @app.command()
-@takes_recipes
+@takes(recipes)
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint.")],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
@@ -198,33 +201,21 @@ def quantize(
 
 @app.command()
 def verify(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A result: of `quantize`, or downloaded from a job.")
+    result: Annotated[
+        str,
+        typer.Argument(metavar="RESULT", help="A folder: of `quantize`, or of a job; or OWNER/NAME on the Hub."),
     ],
-    against: Annotated[Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made of.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="SRC", help="The checkpoint it was made of, in a folder or on the Hub.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="All cores unless given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read a result again and compare it with what was solved, and with its source; exits with 1 where it is not sound."""
-    from hqq_core.checkpoint import Checkpoint
-    from hqq_core.errors import VerificationError
-    from hqq_core.verify import verify_folder
+    from service.verifying import verify_results
 
-    source = Checkpoint.open(against) if against else None
-    try:
-        with bytes_bar(folder.name) as report:
-            found = verify_folder(folder, source, threads=threads, progress=_stopping_on_signals(report))
-    except VerificationError as error:
-        if as_json:
-            print_json({"sound": False, "name": error.name, "message": str(error)})
-        raise
-    if as_json:
-        print_json({"sound": True, **found.to_dict()})
-        return
-    compared = f"and with {against}" if against else "(give --against SRC to compare with the source too)"
-    typer.echo(f"{'sound':18} {found.files} files, {found.nbytes / 1e6:.1f} MB")
-    typer.echo(f"{'quantized':18} {found.tensors_quantized} tensors, compared with what was solved {compared}")
-    typer.echo(f"{'copied':18} {found.tensors_copied} tensors")
+    verify_results(result, revision, against, threads=threads, as_json=as_json, stopping=_stopping_on_signals)
 
 
 @app.command()
@@ -258,23 +249,40 @@ def _stopping_on_signals(report: Callable[[int, int], None]) -> Callable[[int, i
 
 
 @app.command()
-@takes_recipes
+@takes(recipes, target)
 def submit(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Folder with a safetensors checkpoint, as the service sees it.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A repo_id of the service's Hub, or a folder as the service sees it: what begins with / or ., or is one here.",
+        ),
     ],
     recipes: list[dict[str, Any]],
-    label: Annotated[list[str] | None, typer.Option(help="key:value; may be given again.")] = None,
+    target: dict[str, Any] | None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the repository; main unless given.")
+    ] = None,
+    credential: Annotated[
+        str | None, typer.Option(help="Name of the service's credential; also to upload with, unless that has its own.")
+    ] = None,
+    drop_source: Annotated[
+        bool, typer.Option("--drop-source", help="Keep no weight files of the repository for later jobs.")
+    ] = False,
+    label: Label = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
     """Submit a job."""
-    with _client(url) as client:
+    if credential is not None and target is not None and "repo_id" in target:
+        target = {"credential": credential, **target}
+    with connected(url) as client:
         job = client.submit(
-            source=os.path.abspath(source),
+            source=source_of(source, revision, credential, drop_source),
+            target=target,
             **({"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}),
-            labels=dict(_label(text) for text in label or ()),
+            labels=labels_of(label),
         )
         if watch:
             _follow(client, job["id"], as_json)
@@ -292,7 +300,7 @@ def list_jobs(
     """List jobs, the newest first."""
     from itertools import islice
 
-    with _client(url) as client:
+    with connected(url) as client:
         found = list(islice(client.list(**({"status": status} if status else {})), limit))
     if as_json:
         print_json(found)
@@ -303,37 +311,30 @@ def list_jobs(
 @jobs.command()
 def info(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Show one job."""
-    with _client(url) as client:
+    with connected(url) as client:
         print_job(client.get(job_id), as_json)
 
 
 @jobs.command()
 def watch(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Follow a job to its end; exits with 1 unless it succeeds."""
-    with _client(url) as client:
+    with connected(url) as client:
         _follow(client, job_id, as_json)
 
 
 @jobs.command()
 def cancel(job_id: JobId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Stop a job."""
-    with _client(url) as client:
+    with connected(url) as client:
         print_job(client.cancel(job_id), as_json)
 
 
-@contextmanager
-def _client(url: str) -> "Iterator[Client]":
-    from service.client import Client
-
-    with Client(base_url=url) as client:
-        yield client
-
-
-def _label(text: str) -> tuple[str, str]:
-    key, colon, value = text.partition(":")
-    if not colon:
-        raise typer.BadParameter(f"{text!r} is not key:value", param_hint="--label")
-    return key, value
+@jobs.command()
+@takes(target)
+def retry(job_id: JobId, target: dict[str, Any] | None, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Begin a failed upload again, to the same place or another."""
+    with connected(url) as client:
+        print_job(client.retry(job_id, target=target), as_json)
 
 
 def _follow(client: "Client", job_id: str, as_json: bool) -> None:

@@ -29,4 +29,5 @@ def no_query(query: Annotated[NoQuery, Query()]) -> None:
 ServiceDep = Annotated[Service, Depends(_service)]
 WaitDep = Annotated[int, Depends(_wait_s)]
 JobId = Annotated[str, Path(description="`job_...`", examples=["job_01K8Z3V4TQ8M3W1B0G6C2N9R5A"])]
+WatchId = Annotated[str, Path(description="`watch_...`", examples=["watch_01K8Z3V4TQ8M3W1B0G6C2N9R5A"])]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x20-\x7e]+$")]

@@ -14,13 +14,15 @@ from hqq_core.formats import settled
 from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
 from service.common import outbox, repository
+from service.common.credentials import Credential, Credentials
 from service.common.errors import (
+    CredentialUnknown,
     FieldError,
     IdempotencyBusy,
     IdempotencyKeyReused,
+    NamespaceNotAllowed,
     NotFound,
     RecipeRefused,
-    RequestInvalid,
     Unavailable,
 )
 from service.common.models import Event, IdempotencyRecord, Job
@@ -30,7 +32,9 @@ from service.common.session import Database
 from service.common.settings import Settings
 from service.common.status import DISCARDED, JobStatus
 from service.common.storage import ArtifactStore
-from service.schemas import Artifact, JobBody, JobCreate, JobQuery, RecipeBody
+from service.common.target_urls import check_target_url
+from service.job_places import FolderSource, HubSource, HubTarget, UrlTarget
+from service.schemas import Artifact, JobBody, JobCreate, JobQuery, JobRetry, RecipeBody
 
 JOBS_PATH = "/v1/jobs"
 
@@ -76,13 +80,15 @@ def submit(service: Service, body: JobCreate, *, idempotency_key: str | None = N
     # before anything can be refused: what was answered once stands
     if idempotency_key is not None and (stored := _find_answer(service, idempotency_key, fingerprint)):
         return stored
-    recipes = _check_recipes(body.asked)
-    service.roots.resolve(body.source.path)
+    recipes = check_recipes(body.asked)
+    check_source(service, body.source)
+    check_target(service, body.target)
     with service.database.write() as session:
         job = repository.insert_job(
             session,
             source=body.source.model_dump(),
             recipes=[recipe.to_dict() for recipe in recipes],
+            target=body.target.model_dump() if body.target else None,
             labels=dict(body.labels),
             priority=body.priority,
             max_attempts=service.settings.max_attempts,
@@ -124,11 +130,8 @@ def get(service: Service, job_id: str) -> Job:
         return repository.get_job(session, job_id)
 
 
-def find(service: Service, query: JobQuery) -> repository.Page:
+def find(service: Service, query: JobQuery) -> repository.Page[Job]:
     """A stretch of the list of jobs."""
-    if query.after is not None and query.before is not None:
-        detail = "after and before exclude each other"
-        raise RequestInvalid(detail, errors=(FieldError("query/before", "conflict", detail),))
     where = repository.JobFilter(
         statuses=tuple(query.status),
         labels=tuple((key, value) for key, _, value in (label.partition(":") for label in query.label)),
@@ -152,11 +155,22 @@ def cancel(service: Service, job_id: str) -> tuple[Job, bool]:
     with service.database.write() as session:
         before = repository.get_job(session, job_id).status
         job = repository.cancel_job(session, job_id)
-    if job.status in DISCARDED:
+    if job.status in DISCARDED and job.source.get("keep", True):  # else housekeeping's: its weights go first
         service.store.remove(job_id)
     if job.status != before:
         log.info("A job is to stop", action="job_cancel", job_id=job_id, status=job.status)
     return job, job.status == JobStatus.CANCELLING and job.status != before
+
+
+def retry(service: Service, job_id: str, body: JobRetry) -> Job:
+    """Begin a failed upload again: its credential may have been mended, or its target is another now."""
+    check_target(service, body.target)
+    with service.database.write() as session:
+        target = body.target.model_dump() if body.target else None
+        job = repository.retry_upload(session, job_id, target=target)
+    log.info("An upload is tried again", action="job_retried", job_id=job_id)
+    _dispatch(service)
+    return job
 
 
 def events(service: Service, job_id: str, *, after: int, limit: int) -> list[Event]:
@@ -166,7 +180,7 @@ def events(service: Service, job_id: str, *, after: int, limit: int) -> list[Eve
 
 
 def artifacts(service: Service, job_id: str) -> list[Artifact]:
-    """What the job made; nothing until it has succeeded."""
+    """What the job made; nothing until all of it was verified."""
     result = get(service, job_id).result
     return [Artifact(**artifact) for artifact in result["artifacts"]] if result else []
 
@@ -185,7 +199,7 @@ def draw(job: Job) -> dict[str, Any]:
     return JobBody.model_validate(job).model_dump(mode="json")
 
 
-def _check_recipes(asked: dict[str, RecipeBody]) -> list[Recipe]:
+def check_recipes(asked: dict[str, RecipeBody]) -> list[Recipe]:
     """The library's recipes; its refusal points at the field in the body."""
     recipes = []
     for place, body in asked.items():
@@ -200,9 +214,48 @@ def _check_recipes(asked: dict[str, RecipeBody]) -> list[Recipe]:
     return [settled(recipe) for recipe in recipes]
 
 
+def check_source(service: Service, source: FolderSource | HubSource) -> None:
+    """What can be known of it without looking at it."""
+    if isinstance(source, FolderSource):
+        service.roots.resolve(source.path)
+    else:
+        _credential(service, source.credential, "/source/credential")
+
+
+def check_target(service: Service, target: HubTarget | UrlTarget | None) -> None:
+    """Whether this service may write there, as far as it can tell."""
+    match target:
+        case UrlTarget():
+            check_target_url(target.url, service.settings.target_urls)
+        case HubTarget():
+            credential = _credential(service, target.credential, "/target/credential")
+            namespace = target.repo_id.partition("/")[0]
+            if credential.token is None:
+                raise _credential_unknown(
+                    "a target needs a credential, and there is no default one", "/target/credential"
+                )
+            if not credential.may_write_to(namespace):
+                detail = f"{namespace} is not one of the namespaces of the credential {credential.name!r}"
+                error = FieldError("/target/repo_id", NamespaceNotAllowed.code, detail)
+                raise NamespaceNotAllowed(detail, errors=(error,))
+
+
+def _credential(service: Service, name: str | None, pointer: str) -> Credential:
+    try:
+        return Credentials(service.settings).get(name)
+    except CredentialUnknown as error:
+        raise _credential_unknown(error.detail, pointer) from error
+
+
+def _credential_unknown(detail: str, pointer: str) -> CredentialUnknown:
+    return CredentialUnknown(detail, errors=(FieldError(pointer, CredentialUnknown.code, detail),))
+
+
 def _fingerprint(body: JobCreate) -> str:
     recipes = [recipe.model_dump(mode="json") for recipe in body.asked.values()]
-    meant = body.model_dump(mode="json", exclude={"recipe", "recipes"})
+    # no target: as it was before there were any, so that older keys find their bodies
+    left_out = {"recipe", "recipes"} if body.target else {"recipe", "recipes", "target"}
+    meant = body.model_dump(mode="json", exclude=left_out)
     meant |= {"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}  # one is one, however it was said
     canonical = json.dumps(meant, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

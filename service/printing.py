@@ -34,8 +34,10 @@ def print_job(job: dict[str, Any], as_json: bool) -> None:
         "job": job["id"],
         "status": " ".join(filter(None, (job["status"], job["phase"] if job["status"] not in TERMINAL else ""))),
         "done": _percent(job),
-        "source": job["source"]["path"],
+        "source": _place(job["source"]),
         **{f"recipe {i}".removesuffix(" 0"): _settings_of(recipe) for i, recipe in enumerate(job["recipes"])},
+        "target": job["target"] and _place(job["target"]),
+        **_pushed((job["result"] or {}).get("pushed")),
         "error": job["error"] and f"{job['error']['code']}: {job['error']['message']}",
     }
     for name, value in lines.items():
@@ -45,6 +47,53 @@ def print_job(job: dict[str, Any], as_json: bool) -> None:
         if output["folder"]:
             typer.echo(f"{'folder':18} {output['folder']}")
         print_metrics(output["metrics"])
+
+
+def print_watch(watch: dict[str, Any], as_json: bool) -> None:
+    """One watch."""
+    if as_json:
+        print_json(watch)
+        return
+    lines = {
+        "watch": watch["id"],
+        "state": _state(watch),
+        "source": _place(watch["source"]),
+        **{f"recipe {i}".removesuffix(" 0"): _settings_of(recipe) for i, recipe in enumerate(watch["recipes"])},
+        "target": _place(watch["target"]),
+        "every": f"{watch['interval_s']} s",
+        "last commit": watch["last_commit"],
+        "last job": watch["last_job_id"],
+        "last look": watch["last_checked_at"],
+        "error": watch["last_error"] and f"{watch['last_error']['code']}: {watch['last_error']['message']}",
+    }
+    for name, value in lines.items():
+        if value:
+            typer.echo(f"{name:18} {value}")
+
+
+def watch_row(watch: dict[str, Any]) -> tuple[str, ...]:
+    """A watch as a row of a table."""
+    looked = (watch["last_checked_at"] or "").partition(".")[0]
+    places = _place(watch["source"]), _place(watch["target"])
+    return watch["id"], _state(watch), (watch["last_commit"] or "")[:12], looked, *places
+
+
+def _state(watch: dict[str, Any]) -> str:
+    if not watch["enabled"]:
+        return "disabled"
+    return str(watch["last_error"]["code"]) if watch["last_error"] else "enabled"
+
+
+def _place(place: dict[str, Any]) -> str:
+    """A source or target in a few words."""
+    name = place.get("repo_id") or place.get("path") or place["url"]
+    return " ".join(filter(None, (name, place.get("commit") or place.get("revision") or place.get("branch"))))
+
+
+def _pushed(pushed: dict[str, Any] | None) -> dict[str, Any]:
+    if not pushed:
+        return {}
+    return {"uploaded to": pushed["url"], "commit": pushed["commit"], "pull request": pushed["pull_request"]}
 
 
 def _settings_of(recipe: dict[str, Any]) -> str:
@@ -65,7 +114,7 @@ def job_row(job: dict[str, Any]) -> tuple[str, ...]:
     """A job as a row of a table."""
     formats, nbits = (",".join(dict.fromkeys(str(r[key]) for r in job["recipes"])) for key in ("format", "nbits"))
     created = job["created_at"].partition(".")[0]
-    return job["id"], job["status"], _percent(job), formats, nbits, created, job["source"]["path"]
+    return job["id"], job["status"], _percent(job), formats, nbits, created, _place(job["source"])
 
 
 def _percent(job: dict[str, Any]) -> str:

@@ -1,8 +1,5 @@
 """The recipe's options, for every command that takes them: one parameter of `recipes` each."""
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -58,23 +55,6 @@ def _types(name: dict[str, Any], names: list[dict[str, Any]], types: list[str] |
     """The file types that are meant for one of several formats: those of `gguf`, unless it is not among them."""
     meant = types if name.get("format") == "gguf" or {"format": "gguf"} not in names else None
     return [{"type": each} for each in meant] if meant else [{}]
-
-
-def takes_recipes(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `recipes` in place of its parameter `recipes`."""
-    own = inspect.signature(command).parameters
-    options = inspect.signature(recipes).parameters
-    merged: dict[str, inspect.Parameter] = {}
-    for name, parameter in own.items():
-        merged |= options if name == "recipes" else {name: parameter}
-
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        command(recipes=recipes(**{name: values.pop(name) for name in options}), **values)
-
-    with_options.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
-    with_options.__annotations__ = {name: parameter.annotation for name, parameter in merged.items()}
-    return with_options
 
 
 def _integer(text: str) -> int:

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from hqq_core.recipe import DEFAULT_MAX_SHARD_NBYTES
 from service.common.status import JobStatus, Phase
+from service.job_places import Source, Target
 
 # no control characters: they are never meant, and PostgreSQL refuses NUL
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}$")]
@@ -51,12 +52,6 @@ class ResponseBody(BaseModel):
     model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
 
 
-class FolderSource(RequestBody):
-    type: Literal["folder"]
-    path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
-    """Absolute path of a safetensors checkpoint below one of the service's source roots."""
-
-
 class RecipeBody(RequestBody):
     """The library's recipe; what a format can hold is the library's to say."""
 
@@ -80,11 +75,13 @@ class RecipeBody(RequestBody):
 
 
 class JobCreate(RequestBody):
-    source: FolderSource
+    source: Source
     recipe: RecipeBody | None = None
     """What to make of it; without one, a recipe of defaults."""
     recipes: Annotated[list[RecipeBody], Field(min_length=1, max_length=8)] | None = None
     """Several at once, each with a folder of its own; in place of `recipe`."""
+    target: Target | None = None
+    """Where the result goes; null: it stays to be downloaded."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = {}
     priority: Annotated[StrictInt, Field(ge=0, le=9)] = 5
     """Higher runs first."""
@@ -104,22 +101,41 @@ class JobCreate(RequestBody):
         return {f"/recipes/{index}": recipe for index, recipe in enumerate(self.recipes)}
 
 
-class JobQuery(RequestBody):
-    """Which jobs a list holds, and which stretch of it."""
+class JobRetry(RequestBody):
+    """What a retry of an upload changes."""
+
+    target: Target | None = None
+    """In place of the job's; null: the same again."""
+
+
+class PageQuery(RequestBody):
+    """Which stretch of a list."""
 
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     after: Annotated[str, StringConstraints(max_length=64)] | None = None
-    """Jobs that follow this id in the list."""
+    """What follows this id in the list."""
     before: Annotated[str, StringConstraints(max_length=64)] | None = None
-    """Jobs that come before this id in the list."""
+    """What comes before this id in the list."""
     order: Literal["asc", "desc"] = "desc"
+
+    @field_validator("before")
+    @classmethod
+    def _one_cursor(cls, before: str | None, info: ValidationInfo) -> str | None:
+        if before is not None and info.data.get("after") is not None:
+            raise PydanticCustomError("conflict", "after and before exclude each other")
+        return before
+
+
+class JobQuery(PageQuery):
+    """Which jobs a list holds, and which stretch of it."""
+
     status: list[JobStatus] = []
     label: Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^:\x00-\x1f]+:[^\x00-\x1f]*$")]], Field()] = []
     """`key:value`; all must match."""
     created_after: Time | None = None
     created_before: Time | None = None
     q: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,255}$")] | None = None
-    """Part of an id or of a source path."""
+    """Part of an id, of a source's path or repo_id, or of a target's repo_id or url."""
 
 
 class EventQuery(RequestBody):
@@ -154,6 +170,7 @@ class Durations(ResponseBody):
     profile: float | None
     quantize: float | None
     verify: float | None
+    upload: float | None
 
 
 class JobErrorBody(ResponseBody):
@@ -178,10 +195,22 @@ class Output(ResponseBody):
     metrics: dict[str, Any]
 
 
+class Pushed(ResponseBody):
+    """Where the result went."""
+
+    url: str
+    commit: str | None = None
+    """Of a Hub."""
+    pull_request: str | None = None
+    """Its URL, where one was opened."""
+
+
 class JobResult(ResponseBody):
     outputs: list[Output]
     """One for each recipe."""
     artifacts: list[Artifact]
+    pushed: Pushed | None = None
+    """Null before the upload has ended, or where the job has no target."""
 
 
 class JobBody(ResponseBody):
@@ -194,6 +223,7 @@ class JobBody(ResponseBody):
     progress: Progress | None
     source: dict[str, Any]
     recipes: list[dict[str, Any]]
+    target: dict[str, Any] | None
     priority: int
     labels: dict[str, str]
     error: JobErrorBody | None
@@ -261,6 +291,8 @@ class FormatBody(ResponseBody):
     """Weights that are on its grid already are kept as they are, all others refused."""
     experimental: bool
     """Never run by its readers here."""
+    library: str
+    """`library_name` of the model cards of its results."""
 
 
 class FormatList(ResponseBody):

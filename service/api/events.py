@@ -26,12 +26,18 @@ async def frames(service: Service, job_id: str, after: int) -> AsyncIterator[byt
         batch = await run_in_threadpool(jobs.events, service, job_id, after=after, limit=BATCH)
         for event in batch:
             yield format_sse_event(event=event.type, data_str=json.dumps(event.data), id=str(event.seq))
-            if event.type == EventType.DONE:
-                return
             after, quiet_since = event.seq, time.monotonic()
+            if event.type == EventType.DONE and await run_in_threadpool(_ended, service, job_id, after):
+                return
         if batch:
             continue
         if time.monotonic() - quiet_since >= PING_S:
             yield KEEPALIVE_COMMENT
             quiet_since = time.monotonic()
         await anyio.sleep(POLL_S)
+
+
+def _ended(service: Service, job_id: str, seq: int) -> bool:
+    """Whether nothing follows: after a failed upload there may have been a retry."""
+    job = jobs.get(service, job_id)
+    return job.is_terminal and seq >= job.event_seq

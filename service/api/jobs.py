@@ -12,12 +12,22 @@ from fastapi.sse import EventSourceResponse
 
 from service import jobs
 from service.api.events import frames
+from service.api.pages import add_links
 from service.api.problems import responses
 from service.common.models import Job
-from service.common.repository import Page
 from service.deps import IdempotencyKey, JobId, ServiceDep, WaitDep, no_query
 from service.jobs import Answer, Service
-from service.schemas import ArtifactList, EventBody, EventList, EventQuery, JobBody, JobCreate, JobList, JobQuery
+from service.schemas import (
+    ArtifactList,
+    EventBody,
+    EventList,
+    EventQuery,
+    JobBody,
+    JobCreate,
+    JobList,
+    JobQuery,
+    JobRetry,
+)
 
 RETRY_AFTER_S = 2
 WAIT_POLL_S = 0.2
@@ -49,15 +59,9 @@ def list_jobs(
     query: Annotated[JobQuery, Query()], request: Request, response: Response, service: ServiceDep
 ) -> JobList:
     page = jobs.find(service, query)
-    if links := _links(request, query, page):
-        response.headers["Link"] = ", ".join(links)
-    ids = [job.id for job in page.jobs]
-    return JobList(
-        data=[JobBody.model_validate(job) for job in page.jobs],
-        first_id=ids[0] if ids else None,
-        last_id=ids[-1] if ids else None,
-        has_more=page.has_more,
-    )
+    add_links(response, request, query, page)
+    data = [JobBody.model_validate(job) for job in page.rows]
+    return JobList(data=data, first_id=page.first_id, last_id=page.last_id, has_more=page.has_more)
 
 
 @router.get(
@@ -92,6 +96,19 @@ def cancel_job(job_id: JobId, response: Response, service: ServiceDep) -> Job:
         response.status_code = 202
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
     return job
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    response_model=JobBody,
+    responses=responses(404, 409),
+    dependencies=PLAIN,
+)
+def retry_job(job_id: JobId, response: Response, service: ServiceDep, body: JobRetry | None = None) -> Job:
+    """Begin the upload of a job again that failed in it, to another target where one is given."""
+    response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return jobs.retry(service, job_id, body or JobRetry())
 
 
 @router.get(
@@ -176,20 +193,6 @@ def _stream(service: Service, job_id: str, seen: int) -> Response:
     if job.is_terminal and seen >= job.event_seq:
         return Response(status_code=204, headers=headers)  # an EventSource comes back on anything else
     return EventSourceResponse(frames(service, job_id, seen), headers=headers)
-
-
-def _links(request: Request, query: JobQuery, page: Page) -> list[str]:
-    """Where the list goes on, either way, as RFC 8288 says it."""
-    if not page.jobs:
-        return []
-    backwards = query.before is not None
-    url = request.url.remove_query_params(["after", "before"])
-    links = []
-    if backwards or page.has_more:
-        links.append(f'<{url.include_query_params(after=page.jobs[-1].id)}>; rel="next"')
-    if query.after is not None or (backwards and page.has_more):
-        links.append(f'<{url.include_query_params(before=page.jobs[0].id)}>; rel="prev"')
-    return links
 
 
 def _names(if_none_match: str | None, tag: str) -> bool:

@@ -11,6 +11,7 @@ from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
 from service.common.errors import FieldError, RequestInvalid, ServiceError, Unavailable
+from service.job_places import PLACES, TAGS
 from service.schemas import FieldProblem, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -110,4 +111,6 @@ def _pointer(location: tuple[int | str, ...]) -> str:
         return "/".join(map(str, location))
     if path and isinstance(path[0], int):  # JSON that cannot be parsed: the place is an offset
         return ""
+    if path and path[0] in PLACES and path[1:2] and path[1] in TAGS:
+        del path[1]  # which model it was taken for, no part of the body
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)

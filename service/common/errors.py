@@ -9,7 +9,23 @@ ServiceError
 │   ├── IdempotencyKeyReused 422 idempotency_key_reused
 │   ├── IdempotencyBusy      409 idempotency_in_progress
 │   ├── JobTerminal          409 job_terminal
-│   └── NotFound             404 job_not_found, artifact_not_found
+│   ├── JobNotRetryable      409 job_not_retryable
+│   ├── NotFound             404 job_not_found, artifact_not_found
+│   ├── CredentialUnknown    422 credential_unknown
+│   ├── TargetNotAllowed     422 target_not_allowed
+│   └── HubRefused           422 hub_refused: a Hub will not do it, or has it not; a HubError
+│       ├── RepoNotFound         repo_not_found
+│       ├── RepoGated            repo_gated
+│       ├── RepoDisabled         repo_disabled
+│       ├── RevisionNotFound     revision_not_found
+│       ├── TokenRefused         token_refused
+│       ├── RepoExists           repo_exists
+│       └── NamespaceNotAllowed  namespace_not_allowed
+├── HubError                 what came of asking a Hub (upstream)
+│   ├── HubRefused           as above
+│   ├── HubUnavailable   503 hub_unavailable (retryable)
+│   └── SourceDamaged    502 source_damaged: not the bytes the Hub says it has (retryable)
+├── CredentialsInvalid       500 the file of credentials cannot be used
 ├── Unavailable              503 the service cannot do it now (system, retryable)
 ├── NotMigrated              503 database_not_migrated
 ├── StaleJob                 409 another writer changed the job first (retryable)
@@ -95,12 +111,81 @@ class JobTerminal(Refused):
     status = 409
 
 
+class JobNotRetryable(Refused):
+    code = "job_not_retryable"
+    status = 409
+
+
 class NotFound(Refused):
     status = 404
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+class CredentialUnknown(Refused):
+    code = "credential_unknown"
+
+
+class TargetNotAllowed(Refused):
+    code = "target_not_allowed"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, errors=(FieldError("/target/url", self.code, detail),))
+
+
+class HubError(ServiceError):
+    code = "hub_error"
+    type: Fault = "upstream"
+
+
+class HubRefused(Refused, HubError):
+    code = "hub_refused"
+
+
+class RepoNotFound(HubRefused):
+    code = "repo_not_found"
+
+
+class RepoGated(HubRefused):
+    code = "repo_gated"
+
+
+class RepoDisabled(HubRefused):
+    code = "repo_disabled"
+
+
+class RevisionNotFound(HubRefused):
+    code = "revision_not_found"
+
+
+class TokenRefused(HubRefused):
+    code = "token_refused"
+
+
+class RepoExists(HubRefused):
+    code = "repo_exists"
+
+
+class NamespaceNotAllowed(HubRefused):
+    code = "namespace_not_allowed"
+
+
+class HubUnavailable(HubError):
+    code = "hub_unavailable"
+    status = 503
+    retryable = True
+
+
+class SourceDamaged(HubError):
+    code = "source_damaged"
+    status = 502
+    retryable = True
+
+
+class CredentialsInvalid(ServiceError):
+    code = "credentials_invalid"
 
 
 class Unavailable(ServiceError):
@@ -132,6 +217,24 @@ class WorkerLost(ServiceError):
 
 class LeaseLost(ServiceError):
     code = "lease_lost"
+
+
+HUB_ERRORS: dict[str, type[HubError]] = {
+    kind.code: kind
+    for kind in (
+        HubRefused,
+        RepoNotFound,
+        RepoGated,
+        RepoDisabled,
+        RevisionNotFound,
+        TokenRefused,
+        RepoExists,
+        NamespaceNotAllowed,
+        HubUnavailable,
+        SourceDamaged,
+    )
+}
+"""By code, as the process that speaks with the Hub tells them."""
 
 
 @dataclass(frozen=True)

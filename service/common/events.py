@@ -29,5 +29,5 @@ def done_data(job: Job) -> dict[str, Any]:
     if job.status == JobStatus.FAILED:
         data["error"] = job.error
     if job.status == JobStatus.SUCCEEDED and job.result is not None:
-        data["outputs"] = job.result["outputs"]
+        data |= {name: job.result[name] for name in ("outputs", "pushed") if name in job.result}
     return data

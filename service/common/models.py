@@ -58,6 +58,7 @@ class Base(DeclarativeBase):
 
 
 JOB_ID = re.compile(r"job_[0-9A-HJKMNP-TV-Z]{26}")
+WATCH_ID = re.compile(r"watch_[0-9A-HJKMNP-TV-Z]{26}")
 
 
 def new_id(kind: str) -> str:
@@ -76,6 +77,7 @@ class Job(Base):
     event_seq: Mapped[int]  # the last event's
     source: Mapped[dict[str, Any]]
     recipes: Mapped[list[dict[str, Any]]]
+    target: Mapped[dict[str, Any] | None]  # where the result goes; none: it stays to be downloaded
     labels: Mapped[dict[str, str]]
     priority: Mapped[int]
     attempt: Mapped[int]  # the most starts any of its units needed
@@ -91,6 +93,7 @@ class Job(Base):
     planned_at: Mapped[datetime | None]
     profiled_at: Mapped[datetime | None]  # never, where nothing was to be profiled
     quantized_at: Mapped[datetime | None]
+    verified_at: Mapped[datetime | None]  # never, where nothing was to be uploaded
     finished_at: Mapped[datetime | None]
 
     @property
@@ -108,6 +111,7 @@ class Job(Base):
             Phase.PROFILING: self.planned_at,
             Phase.QUANTIZING: self.profiled_at or self.planned_at,
             Phase.VERIFYING: self.quantized_at,
+            Phase.UPLOADING: self.verified_at,
         }[self.phase]
         eta_s = None
         if total and done and since and not self.is_terminal:
@@ -129,7 +133,8 @@ class Job(Base):
             "plan": _seconds(self.started_at, self.planned_at),
             "profile": _seconds(self.planned_at, self.profiled_at),
             "quantize": _seconds(self.profiled_at or self.planned_at, self.quantized_at),
-            "verify": _seconds(self.quantized_at, self.finished_at),
+            "verify": _seconds(self.quantized_at, self.verified_at or self.finished_at),
+            "upload": _seconds(self.verified_at, self.finished_at),
         }
 
 
@@ -138,7 +143,7 @@ def _seconds(start: datetime | None, end: datetime | None) -> float | None:
 
 
 class Unit(Base):
-    """One step of a job, done by one worker at a time: the plan, the profile, a shard, or the finish."""
+    """One step of a job, done by one worker at a time: the plan, the profile, a shard, the finish, or the push."""
 
     __tablename__ = "units"
     __table_args__ = (
@@ -183,6 +188,34 @@ class Event(Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     type: Mapped[str] = mapped_column(String(16))
     data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class Watch(Base):
+    """A branch of a repository that is followed: its new head becomes a job. Whoever changes the row counts its version on."""
+
+    __tablename__ = "watches"
+    __table_args__ = (
+        Index("ix_watches_created_at_id", "created_at", "id"),
+        Index("ix_watches_next_check_at", "next_check_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    version: Mapped[int]
+    source: Mapped[dict[str, Any]]  # of a Hub; its revision is the branch
+    recipes: Mapped[list[dict[str, Any]]]
+    target: Mapped[dict[str, Any]]
+    labels: Mapped[dict[str, str]]
+    priority: Mapped[int]
+    interval_s: Mapped[int]
+    enabled: Mapped[bool]
+    run_now: Mapped[bool]  # a job for the head that is there at the start, too
+    last_commit: Mapped[str | None] = mapped_column(String(64))  # the head that was seen to
+    last_job_id: Mapped[str | None] = mapped_column(String(40))
+    last_checked_at: Mapped[datetime | None]  # with or without an answer
+    next_check_at: Mapped[datetime]
+    n_failures: Mapped[int]  # since the last answer
+    last_error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
 
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +16,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SecretStr,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.common.target_urls import TargetUrl
 
 SOCKET_PATH_LIMIT = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 
@@ -36,6 +41,24 @@ def _absolute(path: Path) -> Path:
 
 def _split_paths(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+
+def _split_words(value: Any) -> Any:
+    return re.split(r"[,\s]+", value.strip(", \t\n")) if isinstance(value, str) and value.strip() else value or ()
+
+
+def _endpoint(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("wanted http:// or https:// and a host")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("neither user nor query has a place in an endpoint: tokens are credentials")
+    return url.rstrip("/")
+
+
+def _token(value: Any) -> Any:
+    """Without the newline that files and secrets end with; an empty one is none."""
+    return value.strip() or None if isinstance(value, str) else value
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -66,6 +89,18 @@ class Settings(BaseSettings):
     """Larger request bodies are refused with 413."""
     source_roots: Annotated[tuple[AbsolutePath, ...], NoDecode, BeforeValidator(_split_paths)] = ()
     """Folders that local sources may come from, separated like PATH; none: local sources are off."""
+    hub_endpoint: Annotated[str, AfterValidator(_endpoint)] = "https://huggingface.co"
+    """The one Hub that repositories come from and go to; never named by a request."""
+    hub_xet: bool | None = None
+    """Transfer large files by Xet; unless set, where the endpoint is huggingface.co."""
+    hub_token: Annotated[SecretStr | None, BeforeValidator(_token)] = None
+    """Token of the credential `default`, which is taken where a request names none."""
+    credentials_file: AbsolutePath | None = None
+    """JSON with more credentials by name, closed to others on the machine."""
+    target_urls: Annotated[tuple[TargetUrl, ...], NoDecode, BeforeValidator(_split_words)] = ()
+    """URLs below which results may be written, separated by spaces or commas; none: only the Hub is."""
+    source_cache_nbytes: NonNegativeInt = 32 * 1024**3
+    """Disk space for weight files of Hub sources that later units and jobs may use."""
     idempotency_s: PositiveFloat = 24 * 3600
     """How long an Idempotency-Key is remembered."""
 

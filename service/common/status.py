@@ -17,6 +17,7 @@ class Phase(StrEnum):
     PROFILING = "profiling"
     QUANTIZING = "quantizing"
     VERIFYING = "verifying"
+    UPLOADING = "uploading"
 
 
 class UnitKind(StrEnum):
@@ -24,6 +25,7 @@ class UnitKind(StrEnum):
     PROFILE = "profile"
     SHARD = "shard"
     FINISH = "finish"
+    PUSH = "push"
 
 
 class UnitStatus(StrEnum):
@@ -37,15 +39,17 @@ class UnitStatus(StrEnum):
 MOVES: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED}),
     JobStatus.RUNNING: frozenset({JobStatus.CANCELLING, JobStatus.SUCCEEDED, JobStatus.FAILED}),
-    # a result that was complete before the cancel reached its worker stands
+    # a result that was complete, and where it was to go, before the cancel reached its worker stands
     JobStatus.CANCELLING: frozenset({JobStatus.CANCELLED, JobStatus.SUCCEEDED}),
     JobStatus.SUCCEEDED: frozenset(),
-    JobStatus.FAILED: frozenset(),
+    JobStatus.FAILED: frozenset({JobStatus.RUNNING}),  # only by a retry of its upload
     JobStatus.CANCELLED: frozenset(),
 }
 
-TERMINAL = frozenset(status for status, onward in MOVES.items() if not onward)
-DISCARDED = frozenset({JobStatus.FAILED, JobStatus.CANCELLED})  # their files go
+TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})  # nothing more comes by itself
+DISCARDED = frozenset(
+    {JobStatus.FAILED, JobStatus.CANCELLED}
+)  # their files go, but a whole result that failed to arrive
 
 
 def leading_to(status: JobStatus) -> frozenset[JobStatus]:

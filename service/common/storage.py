@@ -3,6 +3,8 @@
 plan.json               what the plan unit wrote, for each recipe
 plan.profiled.json      the same with input energies: the profile unit's, where the job has one
 energies.safetensors    the profile unit's too, until the shards are done
+source/                 of a source at a Hub, all but the data of its weight files, until the job's end
+snapshot.json           which repo, commit and files that is
 output/                 the result, of several recipes a folder each
 """
 
@@ -39,6 +41,18 @@ class ArtifactStore:
     def output(self, job_id: str) -> Path:
         """Where the job's checkpoint is written."""
         return self.folder(job_id) / "output"
+
+    def source(self, job_id: str) -> Path:
+        """Where a job has what its plan unit fetched of a source at a Hub."""
+        return self.folder(job_id) / "source"
+
+    def partial_source(self, job_id: str, fence: int) -> Path:
+        """Where one start of the plan unit fetches it."""
+        return self.folder(job_id) / f".source.{fence}.tmp"
+
+    def partial_sources(self, job_id: str) -> Iterator[Path]:
+        """What starts left that came to no end."""
+        return self.folder(job_id).glob(".source.*.tmp")
 
     def energies(self, job_id: str) -> Path:
         """Where the job's input energies are kept until its last shard is done."""

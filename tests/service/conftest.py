@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.common import repository
+from service.common.errors import ServiceError, TokenRefused, describe, is_final
 from service.common.events import log_data
 from service.common.models import Base, Job
 from service.common.repository import Claim, ShardWork
@@ -66,6 +67,12 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def hub_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service has a default credential; to be named before the service."""
+    monkeypatch.setenv("HALFQUAD_HUB_TOKEN", "hf_canary_of_the_environment")
+
+
+@pytest.fixture
 def settings(tmp_path: Path, root: Path, redis_url: str) -> Settings:
     return Settings(data_dir=tmp_path / "data", broker_url=redis_url, source_roots=(root,), min_free_nbytes=0)
 
@@ -91,7 +98,9 @@ def shard_work(nbytes: Iterable[int]) -> list[ShardWork]:
     return [ShardWork(i, n) for i, n in enumerate(nbytes)]
 
 
-OUTPUT = {"folder": "", "format": "hqq", "metrics": {"bits_per_weight": 4.5}}
+PUSHED = {"url": "https://hub.example/acme/tiny", "commit": "c" * 40, "pull_request": None}
+METRICS = {"nbytes_in": 100, "nbytes_out": 30, "bits_per_weight": 4.5, "relative_error": 0.1, "worst_tensors": []}
+OUTPUT = {"folder": "", "format": "hqq", "metrics": METRICS}
 
 
 class Hand:
@@ -100,11 +109,25 @@ class Hand:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def insert(self, *, priority: int = 5, max_attempts: int = 3, **labels: str) -> Job:
-        source = {"type": "folder", "path": "/models/tiny"}
+    def insert(
+        self,
+        *,
+        priority: int = 5,
+        max_attempts: int = 3,
+        source: dict | None = None,
+        target: dict | None = None,
+        **labels: str,
+    ) -> Job:
+        source = source or {"type": "folder", "path": "/models/tiny"}
         with self.database.write() as session:
             return repository.insert_job(
-                session, source=source, recipes=[{}], labels=labels, priority=priority, max_attempts=max_attempts
+                session,
+                source=source,
+                recipes=[{}],
+                target=target,
+                labels=labels,
+                priority=priority,
+                max_attempts=max_attempts,
             )
 
     def due(self, *, limit: int = 100, redispatch_s: float = 0) -> list[str]:
@@ -137,6 +160,19 @@ class Hand:
         claim = self.claim()
         with self.database.write() as session:
             return repository.finish_succeeded(session, claim, artifacts=artifacts, outputs=[OUTPUT])
+
+    def push(self, claim: Claim | None = None) -> Job:
+        claim = claim or self.claim()
+        with self.database.write() as session:
+            return repository.push_succeeded(session, claim, PUSHED)
+
+    def fail(self, claim: Claim | None = None, error: ServiceError | None = None) -> Job:
+        claim = claim or self.claim()
+        error = error or TokenRefused("the token was refused")
+        with self.database.write() as session:
+            return repository.unit_failed(
+                session, claim, describe(error), final=is_final(error), backoff_s=0, backoff_limit_s=0
+            )
 
     def cancel(self, job: Job) -> Job:
         with self.database.write() as session:

@@ -20,6 +20,7 @@ from service.cli import app, main
 from service.common.session import Database
 from service.recipe_options import recipes
 from tests.checkpoints import folder_bytes, llama_config, save_llama
+from tests.service.conftest import PUSHED, Hand
 
 HALFQUAD = [sys.executable, "-m", "service.cli"]
 
@@ -158,6 +159,131 @@ def test_submit_takes_several_formats(halfquad: Run, api_url: str, root: Path) -
         ["recipe", "format", "mlx,", "nbits"],
         ["recipe", "1", "format", "hqq,"],
     ]
+
+
+@pytest.mark.usefixtures("hub_token")
+def test_submit_goes_from_hub_to_hub(halfquad: Run, api_url: str, api_hand: Hand) -> None:
+    source = ["acme/tiny", "--revision", "v2", "--credential", "default", "--drop-source"]
+    target = ["--push-to", "acme/tiny-4bit", "--branch", "int4", "--create-pr", "--private", "--overwrite"]
+    stdout, _ = halfquad("submit", *source, *target, "--url", api_url, "--json")
+    job = json.loads(stdout)
+    assert job["source"] == {
+        "type": "hub",
+        "repo_id": "acme/tiny",
+        "revision": "v2",
+        "credential": "default",
+        "keep": False,
+    }
+    assert job["target"] == {
+        "repo_id": "acme/tiny-4bit",
+        "branch": "int4",
+        "create_pr": True,
+        "private": True,
+        "credential": "default",
+        "overwrite": True,
+    }
+    assert "acme/tiny v2" in halfquad("jobs", "ls", "--url", api_url)[0]
+    api_hand.plan(1), api_hand.solve(), api_hand.finish()
+    api_hand.fail()
+    shown, _ = halfquad("jobs", "retry", job["id"], "--push-to", "acme/other", "--url", api_url)
+    assert ["target", "acme/other", "main"] in [line.split() for line in shown.splitlines()]
+    api_hand.push()
+    shown, _ = halfquad("jobs", "info", job["id"], "--url", api_url)
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["uploaded", "to", PUSHED["url"]] in lines
+    assert ["commit", PUSHED["commit"]] in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["acme/tiny", "--branch", "x"], "--branch"),
+        (["acme/tiny", "--create-pr"], "--create-pr"),
+        (["acme/tiny", "--overwrite"], "--overwrite"),
+        (["acme/tiny", "--push-credential", "x"], "--push-credential"),
+        (["acme/tiny", "--push-to", "a/b", "--push-url", "s3://b/c"], "--push-url"),
+        (["/models/tiny", "--revision", "x"], "--revision"),
+        (["./tiny", "--drop-source"], "--drop-source"),
+        (["acme/tiny", "--push-url", "s3://bucket/x"], "target_not_allowed"),
+        (["a/b/c"], "repo_id"),
+    ],
+)
+def test_places_that_make_no_sense_end_with_2(halfquad: Run, api_url: str, options: list[str], said: str) -> None:
+    assert said in halfquad("submit", *options, "--url", api_url, code=2)[1]
+
+
+def test_a_folder_here_is_no_repository(
+    tmp_path: Path, halfquad: Run, api_url: str, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    monkeypatch.chdir(root)
+    (root / "acme" / "tiny").mkdir(parents=True)
+    for text in ("acme/tiny", "./acme/tiny"):
+        job = json.loads(halfquad("submit", text, "--url", api_url, "--json")[0])
+        assert job["source"] == {"type": "folder", "path": str(root / "acme" / "tiny")}
+
+
+def test_api_refuses_credentials_that_are_open_to_all(tmp_path: Path) -> None:
+    path = tmp_path / "credentials.json"
+    path.write_text('{"a": {"token": "hf_canary"}}')
+    path.chmod(0o644)
+    stderr = process("api", HALFQUAD_DATA_DIR=str(tmp_path), HALFQUAD_CREDENTIALS_FILE=str(path), code=1)
+    assert "chmod o=" in stderr
+    assert "canary" not in stderr
+
+
+@pytest.mark.usefixtures("hub_token")
+def test_watch_follows_a_branch_until_it_is_removed(halfquad: Run, api_url: str) -> None:
+    source = ["acme/tiny", "--revision", "dev", "--credential", "default", "--interval", 3600, "--run-now"]
+    options = [
+        "--push-to",
+        "acme/tiny-4bit",
+        "--nbits",
+        3,
+        "--format",
+        "hqq",
+        "--format",
+        "mlx",
+        "--label",
+        "team:search",
+    ]
+    watch = json.loads(halfquad("watch", "add", *source, *options, "--url", api_url, "--json")[0])
+    assert (watch["source"]["revision"], watch["source"]["credential"]) == ("dev", "default")
+    assert (watch["target"]["create_pr"], watch["target"]["credential"]) == (True, "default")
+    assert [recipe["format"] for recipe in watch["recipes"]] == ["hqq", "mlx"]
+    assert (watch["interval_s"], watch["run_now"], watch["labels"]) == (3600, True, {"team": "search"})
+    listed = halfquad("watch", "list", "--url", api_url)[0].splitlines()
+    assert [line.split() for line in listed[1:]] == [
+        [watch["id"], "enabled", "acme/tiny", "dev", "acme/tiny-4bit", "main"]
+    ]
+    changed = json.loads(halfquad("watch", "change", watch["id"], "--disable", "--url", api_url, "--json")[0])
+    assert (changed["enabled"], changed["interval_s"]) == (False, 3600)
+    shown = [line.split() for line in halfquad("watch", "info", watch["id"], "--url", api_url)[0].splitlines()]
+    assert ["state", "disabled"] in shown
+    assert ["source", "acme/tiny", "dev"] in shown
+    assert halfquad("watch", "remove", watch["id"], "--url", api_url)[0] == ""
+    assert json.loads(halfquad("watch", "list", "--url", api_url, "--json")[0]) == []
+    assert "there is no watch" in halfquad("watch", "info", watch["id"], "--url", api_url, code=2)[1]
+
+
+@pytest.mark.usefixtures("hub_token")
+def test_watch_may_commit_in_place_of_pull_requests(halfquad: Run, api_url: str) -> None:
+    options = ["acme/tiny", "--push-to", "acme/tiny-4bit", "--commit", "--overwrite"]
+    watch = json.loads(halfquad("watch", "add", *options, "--url", api_url, "--json")[0])
+    assert (watch["target"]["create_pr"], watch["target"]["overwrite"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--push-to"),
+        (["--push-url", "s3://bucket/x", "--commit"], "--commit"),
+        (["--push-to", "acme/x", "--interval", "1"], "interval_s"),
+        (["--push-to", "acme/x", "--commit"], "overwrite"),
+    ],
+)
+@pytest.mark.usefixtures("hub_token")
+def test_watches_that_make_no_sense_end_with_2(halfquad: Run, api_url: str, options: list[str], said: str) -> None:
+    assert said in halfquad("watch", "add", "acme/tiny", *options, "--url", api_url, code=2)[1]
 
 
 def test_each_type_is_a_recipe_of_gguf_alone() -> None:

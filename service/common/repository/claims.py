@@ -30,6 +30,7 @@ class Claim:
     owner: str
     source: dict[str, Any]
     recipes: list[dict[str, Any]]
+    target: dict[str, Any] | None
 
 
 def claim_unit(session: Session, unit_id: str, *, owner: str, lease_s: float) -> Claim | None:
@@ -78,6 +79,7 @@ def claim_unit(session: Session, unit_id: str, *, owner: str, lease_s: float) ->
         owner,
         dict(job.source),
         list(job.recipes),
+        job.target and dict(job.target),
     )
 
 

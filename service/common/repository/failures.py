@@ -15,14 +15,28 @@ from service.common.repository.job_row import end_job, lock_job, settle_job
 from service.common.repository.units import drop_queued_units, queue_again, unit_context, unit_name
 from service.common.status import JobStatus, UnitStatus
 
+RETRY_AFTER_LIMIT_S = 3600.0  # who asks for more patience is asked again after it
+
 
 def unit_failed(
-    session: Session, claim: Claim, error: JobError, *, final: bool, backoff_s: float, backoff_limit_s: float
+    session: Session,
+    claim: Claim,
+    error: JobError,
+    *,
+    final: bool,
+    backoff_s: float,
+    backoff_limit_s: float,
+    retry_after_s: float | None = None,
 ) -> Job:
-    """Start the unit again after a while or, where that cannot help or was tried often enough, fail the job."""
+    """Start the unit again after a while or, where that cannot help or was tried often enough, fail the job.
+
+    The while is no shorter than `retry_after_s`, which whoever was busy has asked for.
+    """
     job = lock_claimed_job(session, claim)
     unit = claimed_unit(session, claim)
-    return _fail_unit(session, job, unit, error, final=final, backoff_s=backoff_s, backoff_limit_s=backoff_limit_s)
+    asked_s = min(retry_after_s or 0.0, RETRY_AFTER_LIMIT_S)
+    wait_s = max(_backoff_s(unit, backoff_s, backoff_limit_s), asked_s)
+    return _fail_unit(session, job, unit, error, final=final, wait_s=wait_s)
 
 
 def reap_unit(session: Session, unit_id: str, *, backoff_s: float, backoff_limit_s: float) -> Job | None:
@@ -37,12 +51,15 @@ def reap_unit(session: Session, unit_id: str, *, backoff_s: float, backoff_limit
     error = describe(
         WorkerLost(f"the worker of {unit_name(unit)} was lost; start {unit.attempt} of {job.max_attempts}")
     )
-    return _fail_unit(session, job, unit, error, final=False, backoff_s=backoff_s, backoff_limit_s=backoff_limit_s)
+    return _fail_unit(session, job, unit, error, final=False, wait_s=_backoff_s(unit, backoff_s, backoff_limit_s))
 
 
-def _fail_unit(
-    session: Session, job: Job, unit: Unit, error: JobError, *, final: bool, backoff_s: float, backoff_limit_s: float
-) -> Job:
+def _backoff_s(unit: Unit, backoff_s: float, backoff_limit_s: float) -> float:
+    doubled: float = backoff_s * 2 ** (unit.attempt - 1)
+    return min(doubled, backoff_limit_s)
+
+
+def _fail_unit(session: Session, job: Job, unit: Unit, error: JobError, *, final: bool, wait_s: float) -> Job:
     """Under the job's lock: queue the unit again, or fail it and its job with it."""
     at = now(session)
     data = log_data("unit_failed", error.message, code=error.code, **unit_context(unit))
@@ -52,7 +69,6 @@ def _fail_unit(
         session.flush()
         return settle_job(session, job, at)
     if not final and unit.attempt < job.max_attempts:
-        wait_s = min(backoff_s * 2 ** (unit.attempt - 1), backoff_limit_s)
         queue_again(session, unit, at + timedelta(seconds=wait_s), attempt=unit.attempt)
         return job
     _stop_unit(unit, UnitStatus.FAILED, at)

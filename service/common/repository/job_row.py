@@ -61,4 +61,4 @@ def settle_job(session: Session, job: Job, at: datetime) -> Job:
     running = select(Unit.id).where(Unit.job_id == job.id, Unit.status == UnitStatus.RUNNING).limit(1)
     if job.status != JobStatus.CANCELLING or session.scalar(running) is not None:
         return job
-    return end_job(session, job, JobStatus.CANCELLED, at)
+    return end_job(session, job, JobStatus.CANCELLED, at, result=None)  # one that waited for its upload goes too

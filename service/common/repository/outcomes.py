@@ -78,14 +78,34 @@ def shard_results(session: Session, job_id: str) -> list[dict[str, Any]]:
 def finish_succeeded(
     session: Session, claim: Claim, *, artifacts: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]
 ) -> Job:
-    """The manifests are written: the job is done, also where a cancel came too late."""
+    """The manifests are written: the result goes to the job's target or, without one, the job is done.
+
+    Then a cancel comes too late; what has a target can still be stopped on its way.
+    """
     job, at = end_unit(session, claim, UnitStatus.SUCCEEDED, nbytes_done=Unit.nbytes_total)
-    if job.status == JobStatus.CANCELLING:
-        data = log_data("cancel_too_late", "the result was complete before the cancel reached its worker")
-        append_event(session, job, EventType.LOG, data, at)
+    if job.target is not None and job.status != JobStatus.RUNNING:
+        return settle_job(session, job, at)
     for artifact in artifacts:
         append_event(session, job, EventType.ARTIFACT, artifact, at)
     result = {"outputs": list(outputs), "artifacts": list(artifacts)}
+    if job.target is None:
+        return _succeed(session, job, result, at)
+    nbytes = sum(artifact["nbytes"] for artifact in artifacts)
+    job = enter_phase(session, job, Phase.UPLOADING, nbytes, at, verified_at=at, result=result)
+    insert_units(session, job, UnitKind.PUSH, [ShardWork(0, nbytes)], at)
+    return job
+
+
+def push_succeeded(session: Session, claim: Claim, pushed: dict[str, Any]) -> Job:
+    """The result is where the job wanted it, `pushed` says where: the job is done, also where a cancel came too late."""
+    job, at = end_unit(session, claim, UnitStatus.SUCCEEDED, nbytes_done=Unit.nbytes_total)
+    return _succeed(session, job, {**(job.result or {}), "pushed": pushed}, at)
+
+
+def _succeed(session: Session, job: Job, result: dict[str, Any], at: datetime) -> Job:
+    if job.status == JobStatus.CANCELLING:
+        data = log_data("cancel_too_late", "the result was complete before the cancel reached its worker")
+        append_event(session, job, EventType.LOG, data, at)
     return end_job(session, job, JobStatus.SUCCEEDED, at, result=result, nbytes_done=job.nbytes_total or 0)
 
 

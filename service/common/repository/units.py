@@ -55,6 +55,12 @@ def drop_queued_units(session: Session, job: Job, at: datetime) -> None:
     session.execute(update(Unit).where(queued).values(status=UnitStatus.CANCELLED, finished_at=at))
 
 
+def queued_shards(session: Session, job_id: str) -> list[int]:
+    """Indexes of the shards that nobody has begun, in the order of the plan."""
+    waiting = (Unit.job_id == job_id, Unit.kind == UnitKind.SHARD, Unit.status == UnitStatus.QUEUED)
+    return list(session.scalars(select(Unit.index).where(*waiting).order_by(Unit.index)))
+
+
 def unit_name(unit: Unit) -> str:
     return f"shard {unit.index}" if unit.kind == UnitKind.SHARD else f"the {unit.kind} step"
 

@@ -138,7 +138,7 @@ def test_bits_are_whole_or_ternary(submit, nbits, shown):
         ({"labels": {"a": "x\0"}}, "string_pattern_mismatch", "/labels/a"),
         ({"labels": {str(i): "" for i in range(33)}}, "too_long", "/labels"),
         ({"priority": 10}, "less_than_equal", "/priority"),
-        ({"source": {"type": "hub", "path": "/x"}}, "literal_error", "/source/type"),
+        ({"source": {"type": "s3", "path": "/x"}}, "literal_error", "/source/type"),
         ({"source": {"type": "folder"}}, "missing", "/source/path"),
         ({"source": {"type": "folder", "path": "/etc"}}, "source_not_allowed", "/source/path"),
         ({"source": {"type": "folder", "path": "\0"}}, "source_not_allowed", "/source/path"),

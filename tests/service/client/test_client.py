@@ -63,6 +63,20 @@ def test_several_recipes_are_one_job(sdk, root):
         sdk.submit(root / "tiny", {}, recipes=[{}])
 
 
+def test_watches_come_and_go(hub_token, sdk):
+    watches = [sdk.add_watch("acme/tiny", target=f"acme/tiny-{i}", interval_s=60 + i) for i in range(3)]
+    assert [watch["target"]["create_pr"] for watch in watches] == [True] * 3
+    assert [watch["id"] for watch in sdk.watches(limit=2)] == [watch["id"] for watch in watches[::-1]]
+    changed = sdk.change_watch(watches[0]["id"], interval_s=600)
+    assert (changed["interval_s"], changed["enabled"]) == (600, True)
+    assert sdk.get_watch(watches[0]["id"]) == changed
+    assert sdk.remove_watch(watches[0]["id"]) is None
+    with pytest.raises(NotFoundError, match="there is no watch"):
+        sdk.get_watch(watches[0]["id"])
+    with pytest.raises(InvalidRequestError, match="recipe and recipes exclude each other"):
+        sdk.add_watch("acme/tiny", {}, recipes=[{}], target="acme/x")
+
+
 def test_client_loads_nothing_heavy():
     code = (
         "import service.client, sys; print({'torch', 'sqlalchemy', 'celery', 'pydantic', 'fastapi'} & set(sys.modules))"
@@ -192,3 +206,39 @@ def test_download_of_nothing_leaves_nothing(sdk, done, tmp_path):
     with pytest.raises(NotFoundError):
         sdk.download(done, "gone.json", tmp_path / "out" / "gone.json")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def pushing(sdk, settings, api_hand):
+    """A job from Hub to Hub whose result is whole."""
+    job = sdk.submit("acme/tiny", target="acme/tiny-4bit")
+    api_hand.plan(10)
+    api_hand.solve()
+    api_hand.finish()
+    return job
+
+
+@pytest.mark.usefixtures("hub_token")
+def test_a_repository_is_a_source_and_a_target(sdk, root):
+    job = sdk.submit("acme/tiny", target="acme/tiny-4bit")
+    assert (job["source"]["repo_id"], job["target"]["repo_id"]) == ("acme/tiny", "acme/tiny-4bit")
+    given = sdk.submit({"repo_id": "acme/tiny", "revision": "v2"}, target={"repo_id": "acme/x", "private": True})
+    assert (given["source"]["revision"], given["target"]["private"]) == ("v2", True)
+    assert sdk.submit(str(root / "tiny"))["source"] == {"type": "folder", "path": str(root / "tiny")}
+    with pytest.raises(InvalidRequestError, match="target_not_allowed"):
+        sdk.submit("acme/tiny", target="s3://bucket/x")
+
+
+@pytest.mark.usefixtures("hub_token")
+def test_a_failed_upload_is_tried_again(sdk, pushing, api_hand):
+    api_hand.fail()
+    assert sdk.wait(pushing["id"])["status"] == "failed"
+    again = sdk.retry(pushing["id"], target="acme/other")
+    assert (again["status"], again["target"]["repo_id"]) == ("running", "acme/other")
+    with pytest.raises(ConflictError, match="job_not_retryable"):
+        sdk.retry(pushing["id"])
+    api_hand.push()
+    events = list(sdk.events(pushing["id"]))
+    assert [event.type for event in events].count("done") == 2
+    assert events[-1].data["pushed"]["url"].startswith("https://hub.example/")
+    assert sdk.wait(pushing["id"])["status"] == "succeeded"

@@ -12,6 +12,13 @@ def test_the_tree_is_drawn():
     assert [kind.__name__ for kind in all_errors() if kind.__name__ not in errors.__doc__] == []
 
 
+def test_every_error_of_the_hub_is_found_by_its_code():
+    kinds = all_errors(errors.HubError) - {errors.HubError}
+    assert {kind.code: kind for kind in kinds} == errors.HUB_ERRORS
+    for kind in kinds:
+        assert errors.is_final(kind("why")) is not kind.retryable
+
+
 @pytest.mark.parametrize(
     ("error", "code", "type", "retryable", "final"),
     [
@@ -19,6 +26,10 @@ def test_the_tree_is_drawn():
         (StorageFullError("no room"), "storage_full", "system", True, True),
         (errors.SourceNotFound("no folder"), "source_not_found", "user", False, True),
         (errors.WorkerLost("gone"), "worker_lost", "system", True, False),
+        (errors.RepoGated("ask for access"), "repo_gated", "user", False, True),
+        (errors.NamespaceNotAllowed("not yours"), "namespace_not_allowed", "user", False, True),
+        (errors.HubUnavailable("429", retry_after_s=9), "hub_unavailable", "upstream", True, False),
+        (errors.SourceDamaged("sha256"), "source_damaged", "upstream", True, False),
         (KeyError("x"), "internal_error", "system", True, False),
     ],
 )

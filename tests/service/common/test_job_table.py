@@ -10,12 +10,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import select, update
 
 from service.common import repository
-from service.common.errors import JobError, JobTerminal, LeaseLost
+from service.common.errors import JobError, JobNotRetryable, JobTerminal, LeaseLost
 from service.common.models import Job, Outbox, Unit
 from service.common.repository import ShardWork
 from service.common.schema import migrate
 from service.common.session import Database
-from service.common.status import MOVES, TERMINAL, JobStatus, UnitKind, UnitStatus
+from service.common.status import MOVES, TERMINAL, JobStatus, Phase, UnitKind, UnitStatus
 
 ERROR = JobError("broken", "system", "it broke", True)
 WAIT = {"backoff_s": 0.0, "backoff_limit_s": 0.0}
@@ -25,8 +25,12 @@ picks = st.integers(0, 7)
 class JobTable(RuleBasedStateMachine):
     """One job; claims may be held by zombies whose unit was reaped."""
 
-    @initialize(n_shards=st.integers(1, 3), profile=st.booleans())
-    def submit(self, n_shards, profile):
+    @initialize(
+        n_shards=st.integers(1, 3),
+        profile=st.booleans(),
+        begin=st.sampled_from(["plan", "plan to push", "push", "failed push"]),
+    )
+    def submit(self, n_shards, profile, begin):
         self.folder = tempfile.TemporaryDirectory()
         self.database = Database(f"sqlite:///{Path(self.folder.name) / 'halfquad.db'}")
         migrate(self.database)
@@ -34,13 +38,35 @@ class JobTable(RuleBasedStateMachine):
         self.profile = profile
         self.claims = []
         self.seen = JobStatus.QUEUED
+        self.retries = 0
         with self.database.write() as session:
             self.job_id = repository.insert_job(
-                session, source={}, recipes=[{}], labels={}, priority=5, max_attempts=2
+                session,
+                source={},
+                recipes=[{}],
+                target={"repo_id": "acme/tiny"} if begin != "plan" else None,
+                labels={},
+                priority=5,
+                max_attempts=2,
             ).id
+
+        if begin in ("push", "failed push"):  # a walk seldom gets there by itself
+            while not self.uploading():
+                self.claim()
+                self.succeed(0)
+        if begin == "failed push":
+            self.claim()
+            self.fail(0, final=True)
+
+    def uploading(self):
+        with self.database.read() as session:
+            return session.get(Job, self.job_id).phase == Phase.UPLOADING
 
     def teardown(self):
         if hasattr(self, "database"):
+            self.drain()
+            self.retry()
+            self.rows_are_sound()
             self.drain()
             self.database.close()
             self.folder.cleanup()
@@ -77,6 +103,8 @@ class JobTable(RuleBasedStateMachine):
                     repository.shard_succeeded(session, claim, {}, nbytes_out=5)
                 case UnitKind.FINISH:
                     repository.finish_succeeded(session, claim, artifacts=[], outputs=[])
+                case UnitKind.PUSH:
+                    repository.push_succeeded(session, claim, {"url": "https://hub.example/acme/tiny"})
 
         self.write(act, self.take(pick))
 
@@ -131,6 +159,16 @@ class JobTable(RuleBasedStateMachine):
         except JobTerminal:
             assert self.seen in (JobStatus.SUCCEEDED, JobStatus.FAILED)
 
+    @rule()
+    def retry(self):
+        try:
+            with self.database.write() as session:
+                repository.retry_upload(session, self.job_id)
+        except JobNotRetryable:
+            return
+        assert self.seen == JobStatus.FAILED
+        self.retries += 1
+
     def drain(self):
         """Nobody disturbs any more: dead workers are reaped, a live one does what is left."""
         for _ in range(50):
@@ -155,13 +193,16 @@ class JobTable(RuleBasedStateMachine):
             units = session.scalars(select(Unit)).all()
             waiting = set(session.scalars(select(Outbox.unit_id)))
             events = repository.list_events(session, job.id)
-        assert reachable(self.seen, job.status)
+            kept = not repository.discarded_jobs(session, [job.id])
+        assert job.status in reachable(self.seen)
         self.seen = job.status
         assert [event.seq for event in events] == list(range(1, job.event_seq + 1))
-        assert [event.type for event in events].count("done") == (job.status in TERMINAL)
+        assert [event.type for event in events].count("done") == (job.status in TERMINAL) + self.retries
         assert waiting == {unit.id for unit in units if unit.status == UnitStatus.QUEUED}
         assert all(unit.attempt <= job.max_attempts for unit in units)
-        assert all(sum(unit.kind == kind for unit in units) <= 1 for kind in (UnitKind.PROFILE, UnitKind.FINISH))
+        assert all(
+            sum(unit.kind == kind for unit in units) <= 1 for kind in (UnitKind.PROFILE, UnitKind.FINISH, UnitKind.PUSH)
+        )
         live = [unit for unit in units if unit.status in (UnitStatus.QUEUED, UnitStatus.RUNNING)]
         match job.status:
             case JobStatus.QUEUED | JobStatus.RUNNING:
@@ -171,12 +212,21 @@ class JobTable(RuleBasedStateMachine):
                 assert all(unit.status == UnitStatus.RUNNING for unit in live)
             case JobStatus.SUCCEEDED:
                 assert all(unit.status == UnitStatus.SUCCEEDED for unit in units)
+                assert ("pushed" in job.result) == (job.target is not None)
             case JobStatus.FAILED | JobStatus.CANCELLED:
                 assert not waiting
+                assert job.result is None or kept
+        uploads = [unit for unit in units if unit.kind == UnitKind.PUSH]
+        whole = job.status == JobStatus.SUCCEEDED or (uploads and job.status != JobStatus.CANCELLED)
+        assert (job.result is not None) == bool(whole)
+        assert job.finished_at is None or job.status in TERMINAL
 
 
-def reachable(earlier, later):
-    return earlier == later or any(reachable(onward, later) for onward in MOVES[earlier])
+def reachable(earlier):
+    reached = {earlier}
+    while further := {onward for status in reached for onward in MOVES[status]} - reached:
+        reached |= further
+    return reached
 
 
 TestJobTable = JobTable.TestCase

@@ -12,7 +12,8 @@ from service.common.errors import NotMigrated, Unavailable
 from service.common.models import Base
 from service.common.schema import check_head, downgrade, migrate
 from service.common.session import Database
-from service.common.status import JobStatus
+from service.common.status import JobStatus, Phase
+from tests.service.conftest import OUTPUT
 
 
 @pytest.fixture
@@ -120,6 +121,33 @@ def test_an_older_library_takes_recipes_without_a_type(database, hand):
     assert kept == known
     migrate(database)
     assert [Recipe.from_dict(recipe) for recipe in hand.get(job).recipes] == recipes
+
+
+def test_before_targets_a_result_on_its_way_is_one_to_download(database, hand):
+    target = {"repo_id": "acme/tiny"}
+    plain, queued = hand.insert(), hand.insert(target=target)
+    on_its_way, failed = hand.insert(target=target, priority=9), hand.insert(target=target, priority=8)
+    hand.plan(1), hand.solve(), hand.finish()
+    hand.claim()
+    hand.plan(1), hand.solve(), hand.finish()
+    hand.fail()
+    assert hand.get(on_its_way).phase == hand.get(failed).phase == Phase.UPLOADING
+    downgrade(database, "0005")
+    with database.read() as session:
+        rows = session.execute(text("SELECT id, status, phase FROM jobs")).all()
+        units = session.scalars(text("SELECT kind FROM units WHERE kind = 'push'")).all()
+    assert set(rows) == {
+        (plain.id, "queued", None),
+        (queued.id, "queued", None),
+        (on_its_way.id, "succeeded", "verifying"),
+        (failed.id, "failed", "verifying"),
+    }
+    assert units == []
+    migrate(database)
+    ended = hand.get(on_its_way)
+    assert (ended.target, ended.result["outputs"], ended.durations["upload"]) == (None, [OUTPUT], None)
+    assert hand.events(on_its_way)[-1] == ("done", {"status": "succeeded"})
+    assert hand.get(queued).target is None
 
 
 def read(stored):

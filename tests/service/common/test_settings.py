@@ -44,12 +44,38 @@ def test_environment_is_read(monkeypatch, tmp_path):
     assert settings.lease_s == 7.5
 
 
+def test_hub_and_targets_are_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv("HALFQUAD_HUB_ENDPOINT", "http://127.0.0.1:9000/")
+    monkeypatch.setenv("HALFQUAD_TARGET_URLS", " s3://bucket/models/, file:///srv/models")
+    monkeypatch.setenv("HALFQUAD_HUB_TOKEN", "hf_canary_of_the_environment")
+    settings = Settings()
+    assert settings.hub_endpoint == "http://127.0.0.1:9000"
+    assert settings.target_urls == ("s3://bucket/models", "file:///srv/models")
+    assert "canary" not in f"{settings!r} {settings} {settings.model_dump_json()}"
+    monkeypatch.setenv("HALFQUAD_TARGET_URLS", "")
+    assert Settings().target_urls == ()
+
+
 def test_no_source_root_is_the_default():
     assert Settings().source_roots == ()
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("port", 0), ("port", 65536), ("lease_s", 0), ("max_attempts", 0), ("log_level", "LOUD")]
+    ("name", "value"),
+    [
+        ("port", 0),
+        ("port", 65536),
+        ("lease_s", 0),
+        ("max_attempts", 0),
+        ("log_level", "LOUD"),
+        ("hub_endpoint", "ftp://hub.example"),
+        ("hub_endpoint", "https://"),
+        ("hub_endpoint", "https://user:secret@hub.example"),
+        ("target_urls", ("file:///",)),
+        ("target_urls", ("/srv/models",)),
+        ("target_urls", ("file:///srv/../etc",)),
+        ("target_urls", ("s3://key:secret@bucket/x",)),
+    ],
 )
 def test_nonsense_is_refused(name, value):
     with pytest.raises(ValidationError, match=name):
@@ -58,3 +84,10 @@ def test_nonsense_is_refused(name, value):
 
 def test_every_setting_says_what_it_is():
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(("given", "kept"), [("hf_canary\n", "hf_canary"), ("", None), ("  ", None)])
+def test_a_token_has_no_newline_and_an_empty_one_is_none(monkeypatch, given, kept):
+    monkeypatch.setenv("HALFQUAD_HUB_TOKEN", given)
+    token = Settings().hub_token
+    assert (token and token.get_secret_value()) == kept

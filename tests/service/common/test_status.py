@@ -10,6 +10,7 @@ def test_every_status_has_its_moves():
     assert set(MOVES) == set(JobStatus)
     assert {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED} == TERMINAL
     assert DISCARDED < TERMINAL
+    assert {status for status in TERMINAL if MOVES[status]} == {JobStatus.FAILED}, "a retry"
 
 
 @given(statuses, statuses)
