@@ -2,13 +2,15 @@
 
     python -m celery -A worker.app worker --pool prefork --concurrency 1 --hostname NAME@%h
 
-The parent consumes, keeps house and answers pings; its one spawned child does the units. A stopping worker lets the
-running unit go on for soft_shutdown_s, then its child hands the unit back (SIGUSR2) and both end.
+The parent consumes, keeps house, looks after watches and answers pings; its one spawned child does the units. A stopping
+worker lets the running unit go on for soft_shutdown_s, then its child hands the unit back (SIGUSR2) and both end.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from functools import cache
 from typing import Any
@@ -19,20 +21,25 @@ from celery.concurrency.base import BasePool
 from celery.worker.consumer import Consumer
 
 from service.common import repository, schema
+from service.common.credentials import Credentials
 from service.common.errors import ServiceError
 from service.common.logs import configure_logging
 from service.common.queue import celery_config
 from service.common.settings import Settings
 from worker.reaper import Housekeeper
+from worker.watcher import Watcher
 from worker.workplace import Workplace
 
 HAND_BACK = signal.SIGUSR2
 NODE_VARIABLE = "CELERY_NODE_NAME"  # a spawned child is told its parent's name by nothing but the environment
 CHILD_START_S = 60  # importing torch from a cold disk; Celery would kill the child after 4 s
 
-# no worker talks to a Hub: before huggingface_hub is loaded, which looks once, and for the child to inherit
+# a process that computes talks to no Hub: before huggingface_hub is loaded, which looks once, and for the child to inherit
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(variable, "1")
+
+# billiard takes the names of its files away as soon as they are open: a folder made for them would outlive a SIGKILL
+multiprocessing.current_process()._config["tempdir"] = tempfile.gettempdir()  # type: ignore[attr-defined]
 
 settings = Settings()
 app = Celery("halfquad", include=["worker.tasks"])
@@ -66,12 +73,14 @@ class _Parent:
 
     pool: BasePool | None = None
     housekeeper: Housekeeper | None = None
+    watcher: Watcher | None = None
 
 
 @signals.celeryd_init.connect
 def refuse_old_schema(sender: str, **_: Any) -> None:
     os.environ[NODE_VARIABLE] = sender
     try:
+        Credentials(settings)
         schema.check_head(workplace().database)
     except ServiceError as error:
         configure_logging(settings.log_level)
@@ -84,6 +93,8 @@ def begin_housekeeping(sender: Consumer, **_: Any) -> None:
     _Parent.pool = sender.pool
     _Parent.housekeeper = Housekeeper(workplace(), sender.hostname)
     _Parent.housekeeper.start()
+    _Parent.watcher = Watcher(workplace())
+    _Parent.watcher.start()
 
 
 @signals.worker_shutting_down.connect
@@ -103,6 +114,8 @@ def _ask_child_to_leave() -> None:
 
 @signals.worker_shutdown.connect
 def end_housekeeping(**_: Any) -> None:
+    if _Parent.watcher is not None:
+        _Parent.watcher.stop()
     if _Parent.housekeeper is not None:
         _Parent.housekeeper.stop()
     workplace().close()

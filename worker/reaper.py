@@ -8,10 +8,14 @@ import structlog
 
 from service.common import outbox, repository
 from service.common.errors import Unavailable
+from worker.kept_source import drop_weights
 from worker.workplace import Workplace
 
 LEASE = "housekeeping"
-SWEEP_S = 3600.0  # whoever ends a job removes its files; a crash between the two is rare
+SWEEP_S = 3600.0
+LATELY = (
+    12  # rounds: whoever ends a job removes its files, but for a crash between the two, and for what the API leaves
+)
 FOLDERS_AT_ONCE = 500  # in one query
 
 logger = structlog.get_logger(__name__)
@@ -62,7 +66,12 @@ class Housekeeper(threading.Thread):
         """All folders are looked through at the start and then seldom: results stay, so there may be many."""
         if self._swept_at is None or time.monotonic() - self._swept_at >= SWEEP_S:
             discard_files(self._workplace, list(self._workplace.store.job_ids()))
+            self._workplace.cache.sweep()
             self._swept_at = time.monotonic()
+            return
+        with self._workplace.database.read() as session:
+            ended = repository.ended_lately(session, LATELY * self._workplace.settings.housekeeping_s)
+        discard_files(self._workplace, [job_id for job_id in ended if self._workplace.store.folder(job_id).is_dir()])
 
 
 def reap(workplace: Workplace) -> None:
@@ -85,6 +94,10 @@ def discard_files(workplace: Workplace, job_ids: Sequence[str]) -> None:
     for start in range(0, len(job_ids), FOLDERS_AT_ONCE):
         with workplace.database.read() as session:
             discarded = repository.discarded_jobs(session, job_ids[start : start + FOLDERS_AT_ONCE])
-        for job_id in discarded:
+            sources = {job_id: repository.get_job(session, job_id).source for job_id in discarded}
+        for job_id, source in sources.items():
+            if not source.get("keep", True):
+                drop_weights(workplace, job_id)
             workplace.store.remove(job_id)
+            workplace.cache.sweep()
             logger.info("Removed the files of a job.", action="files_removed", job_id=job_id)

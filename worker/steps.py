@@ -7,7 +7,9 @@ import errno
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from hqq_core import convert
-from hqq_core.checkpoint import MANIFEST, Checkpoint
+from hqq_core.checkpoint import MANIFEST
 from hqq_core.energy import Energies
 from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError, VerificationError
 from hqq_core.plan import Plan, build_plans
@@ -24,7 +26,7 @@ from hqq_core.results import ArtifactFile, Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from hqq_core.weighting import Weighting
 from service.common import outbox, repository
-from service.common.errors import LeaseLost, ResultDamaged, Unavailable, describe, is_final
+from service.common.errors import LeaseLost, ResultDamaged, ServiceError, Unavailable, describe, is_final
 from service.common.events import log_data
 from service.common.models import Job
 from service.common.repository import Claim, ShardWork
@@ -32,8 +34,11 @@ from service.common.status import UnitKind
 from worker import energies
 from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat, Stop
+from worker.kept_source import drop_weights, forget_source
+from worker.push.early import going_ahead
+from worker.push.job import check_target, push_job
 from worker.reaper import discard_files
-from worker.sources import open_source
+from worker.sources import Source, opened_source, provenance_of
 from worker.verification import verification
 from worker.workplace import Workplace
 
@@ -111,13 +116,15 @@ def _failed(workplace: Workplace, claim: Claim, error: Exception) -> Job:
             final=final,
             backoff_s=settings.backoff_s,
             backoff_limit_s=settings.backoff_limit_s,
+            retry_after_s=error.retry_after_s if isinstance(error, ServiceError) else None,
         )
 
 
 def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     """From headers alone: what each recipe makes of every tensor, and whether there is room for all of it."""
-    checkpoint = open_source(claim.source, workplace.roots)
-    plans = build_plans(checkpoint, _recipes(claim))
+    check_target(workplace, claim, heartbeat)
+    with opened_source(workplace, claim, heartbeat) as source:
+        plans = build_plans(source.checkpoint, _recipes(claim))
     _check_room(workplace, sum(plan.nbytes_out for plan in plans) + max(plan.finish_nbytes for plan in plans))
     workplace.store.create(claim.job_id)
     _write_plans(workplace, claim, plans, profiled=False)
@@ -129,9 +136,9 @@ def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job
     """The input energies, and the plans that say which tensor has which."""
     store, settings = workplace.store, workplace.settings
     plans = _read_plans(workplace, claim, profiled=False)
-    checkpoint = open_source(claim.source, workplace.roots)
-    cache = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
-    found, cached = energies.obtain(checkpoint, plans, store.energies(claim.job_id), cache, heartbeat)
+    kept = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
+    with opened_source(workplace, claim, heartbeat) as source:
+        found, cached = energies.obtain(source, plans, store.energies(claim.job_id), kept, heartbeat)
     plans = [plan.with_energies(found) for plan in plans]
     for plan in plans:
         convert.write_folding(plan, found, store.output(claim.job_id))
@@ -151,17 +158,17 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
     """One input shard, read once, solved and written for each plan."""
     plans = _final_plans(workplace, claim)
     weighting = _read_energies(workplace, claim, plans) if _weighted(claim) else None
-    checkpoint = open_source(claim.source, workplace.roots)
-    _check_room(workplace, sum(plan.shards[claim.index].nbytes_out for plan in plans))
-    results = convert.quantize_shard(
-        checkpoint,
-        plans,
-        claim.index,
-        workplace.store.output(claim.job_id),
-        weighting,
-        threads=workplace.settings.threads,
-        progress=heartbeat.progress,
-    )
+    with opened_source(workplace, claim, heartbeat) as source, going_ahead(workplace, claim):
+        _check_room(workplace, sum(plan.shards[claim.index].nbytes_out for plan in plans))
+        results = convert.quantize_shard(
+            source.checkpoint,
+            plans,
+            claim.index,
+            workplace.store.output(claim.job_id),
+            weighting,
+            threads=workplace.settings.threads,
+            progress=heartbeat.progress,
+        )
     nbytes_out = sum(file.nbytes for result in results for file in result.files)
     with workplace.database.write() as session:
         made = {"outputs": [result.to_dict() for result in results]}
@@ -171,39 +178,57 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
 def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     """What completes each plan's folder; then all of it read again and held against the source; last in each, its manifest."""
     plans = _final_plans(workplace, claim)
-    checkpoint = open_source(claim.source, workplace.roots)
     with workplace.database.read() as session:
         shards = [result["outputs"] for result in repository.shard_results(session, claim.job_id)]
     artifacts, outputs, before = [], [], 0
-    for plan, own in zip(plans, zip(*shards, strict=True), strict=True):
-        results = [ShardResult.from_dict(result) for result in own]
-        output = workplace.store.output(claim.job_id)
-        manifest = _finish(workplace, checkpoint, plan, results, output, _after(before, heartbeat.progress))
-        before += sum(file.nbytes for result in results for file in result.files)
-        artifacts += _artifacts(plan, manifest, output)
-        outputs.append({"folder": plan.folder, "format": plan.recipe.format, "metrics": manifest.metrics})
-    workplace.store.energies(claim.job_id).unlink(missing_ok=True)  # no finish needs them, this one or its next start
+    with ExitStack() as unit:
+        unit.enter_context(going_ahead(workplace, claim))
+        source = cache(
+            lambda: unit.enter_context(opened_source(workplace, claim, heartbeat))
+        )  # gone after a late crash
+        for plan, own in zip(plans, zip(*shards, strict=True), strict=True):
+            results = [ShardResult.from_dict(result) for result in own]
+            manifest = _finish(workplace, claim, source, plan, results, _after(before, heartbeat.progress))
+            before += sum(file.nbytes for result in results for file in result.files)
+            artifacts += _artifacts(plan, manifest, workplace.store.output(claim.job_id))
+            outputs.append({"folder": plan.folder, "format": plan.recipe.format, "metrics": manifest.metrics})
+    _remove_inputs(workplace, claim)
     with workplace.database.write() as session:
         return repository.finish_succeeded(session, claim, artifacts=artifacts, outputs=outputs)
 
 
+def _remove_inputs(workplace: Workplace, claim: Claim) -> None:
+    """No finish needs them any more, this one or its next start: all manifests are there."""
+    with workplace.database.write() as session:  # what is no longer ours may be read by another
+        repository.renew_lease(session, claim, lease_s=workplace.settings.lease_s)
+    workplace.store.energies(claim.job_id).unlink(missing_ok=True)
+    if not claim.source.get("keep", True):
+        drop_weights(workplace, claim.job_id)
+    forget_source(workplace, claim.job_id)
+
+
 def _finish(
     workplace: Workplace,
-    checkpoint: Checkpoint,
+    claim: Claim,
+    source: Callable[[], Source],
     plan: Plan,
     results: list[ShardResult],
-    output: Path,
     progress: Callable[[int], None],
 ) -> Manifest:
     """One folder; where an earlier start has come to its manifest, only what it names is read once more."""
+    output = workplace.store.output(claim.job_id)
     nbytes = sum(file.nbytes for result in results for file in result.files)
     try:
         once_more = convert.finished(plan, output, progress=lambda nbytes_done: progress(min(nbytes_done, nbytes)))
         if once_more is not None:
             return once_more
         _check_room(workplace, plan.finish_nbytes)
+        checkpoint = source().checkpoint
         check = verification(checkpoint, nbytes, threads=workplace.settings.threads, progress=progress)
-        return convert.finish_checkpoint(checkpoint, plan, results, output, check=check)
+        provenance, repo_id = provenance_of(claim.source, claim.job_id), (claim.target or {}).get("repo_id")
+        return convert.finish_checkpoint(
+            checkpoint, plan, results, output, check=check, provenance=provenance, repo_id=repo_id
+        )
     except VerificationError as error:
         raise ResultDamaged(f"what was written is not what was solved: {error}") from error
 
@@ -221,6 +246,7 @@ STEPS: dict[UnitKind, Callable[[Workplace, Claim, Heartbeat], Job]] = {
     UnitKind.PROFILE: profile_job,
     UnitKind.SHARD: quantize_shard,
     UnitKind.FINISH: finish_job,
+    UnitKind.PUSH: push_job,
 }
 
 
@@ -239,6 +265,7 @@ def _shards(plans: Sequence[Plan]) -> list[ShardWork]:
 
 
 def _check_room(workplace: Workplace, nbytes: int) -> None:
+    workplace.cache.make_disk_room(nbytes)
     workplace.store.check_room(nbytes, reserve_nbytes=workplace.settings.min_free_nbytes)
 
 

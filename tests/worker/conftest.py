@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -65,12 +66,20 @@ class Foreman:
         self.workplace = workplace
         self.leaving = threading.Event()
 
-    def submit(self, source: Path, *recipes: Recipe, max_attempts: int = 3) -> Job:
+    def submit(
+        self,
+        source: Path | dict[str, Any],
+        *recipes: Recipe,
+        target: dict[str, Any] | None = None,
+        max_attempts: int = 3,
+    ) -> Job:
+        """A job on a folder, or on what a source says."""
         with self.workplace.database.write() as session:
             return repository.insert_job(
                 session,
-                source={"type": "folder", "path": str(source)},
+                source=source if isinstance(source, dict) else {"type": "folder", "path": str(source)},
                 recipes=[recipe.to_dict() for recipe in recipes or (RECIPE,)],
+                target=target,
                 labels={},
                 priority=5,
                 max_attempts=max_attempts,

@@ -1,5 +1,7 @@
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from service.common.queue import TASK
 from service.common.settings import Settings
@@ -37,6 +39,21 @@ def test_worker_talks_to_no_hub_unless_told_to() -> None:
     code += "print(hub.HF_HUB_OFFLINE, os.environ['TRANSFORMERS_OFFLINE'])"
     assert run_python(code) == "True 1"
     assert run_python(code, HF_HUB_OFFLINE="0", TRANSFORMERS_OFFLINE="0") == "False 0"
+
+
+def test_killed_worker_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    """What billiard's pool shares with its children is mapped from files, as here."""
+    code = """
+import os, signal
+import worker.app
+from billiard import Value
+shared = Value("i")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {"TMPDIR": str(tmp_path), "HALFQUAD_DATA_DIR": str(tmp_path / "none")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_worker_refuses_a_database_below_head(tmp_path) -> None:

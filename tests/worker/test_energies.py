@@ -19,7 +19,7 @@ from service.common import repository
 from service.common.errors import LeaseLost
 from service.common.models import Job
 from service.common.status import JobStatus, Phase, UnitKind
-from tests.checkpoints import folder_bytes, save_llama
+from tests.checkpoints import jobless_bytes, save_llama
 from tests.worker.conftest import Foreman
 from worker import energies
 from worker.heartbeat import Heartbeat
@@ -100,7 +100,7 @@ def test_second_job_on_a_source_measures_nothing(
     again, other = foreman.submit(source), foreman.submit(source, Recipe(format="hqq", nbits=3))
     foreman.run_all()
     assert [found(foreman, job)["cached"] for job in (first, again, other)] == [False, True, True]
-    assert folder_bytes(workplace.store.output(again.id)) == folder_bytes(workplace.store.output(first.id))
+    assert jobless_bytes(workplace.store.output(again.id)) == jobless_bytes(workplace.store.output(first.id))
     assert set(reported(workplace, other).values()) == {"synthetic"}
 
 
@@ -115,7 +115,7 @@ def test_best_goes_on_with_correlations_which_others_do_without(
     foreman.run_all()
     assert [foreman.get(job).status for job in jobs] == [JobStatus.SUCCEEDED] * 3
     assert [found(foreman, job)["cached"] for job in jobs] == [False, False, True]
-    outputs = [folder_bytes(workplace.store.output(job.id)) for job in jobs]
+    outputs = [jobless_bytes(workplace.store.output(job.id)) for job in jobs]
     assert outputs[2] == outputs[0]
     reports = [json.loads(output[REPORT]) for output in outputs]
     correlated = [sum(tensor["correlated"] for tensor in report["tensors"]) for report in reports]
@@ -241,7 +241,9 @@ def test_cancel_ends_the_hash(
 ) -> None:
     stopped, over = threading.Event(), threading.Event()
 
-    def endless(checkpoint: Checkpoint, *, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+    def endless(
+        checkpoint: Checkpoint, revision: str | None, *, progress: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
         foreman.cancel(job)
         try:
             while not over.wait(0.01):

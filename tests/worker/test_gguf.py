@@ -10,7 +10,7 @@ from hqq_core.recipe import Recipe
 from service.common import repository
 from service.common.errors import LeaseLost
 from service.common.status import JobStatus, UnitKind
-from tests.checkpoints import VOCABULARY, folder_bytes, save_llama
+from tests.checkpoints import VOCABULARY, folder_bytes, jobless_bytes, save_llama
 from tests.vocabularies import save_tokenizer
 from tests.worker.conftest import Foreman
 from worker.heartbeat import Heartbeat
@@ -34,8 +34,8 @@ def test_a_job_gives_the_file_of_the_library(
     foreman.run_all()
     assert foreman.get(job).status == JobStatus.SUCCEEDED
     quantize_checkpoint(source, tmp_path / "direct", *recipes)
-    output = folder_bytes(workplace.store.output(job.id))
-    assert output == folder_bytes(tmp_path / "direct")
+    output = jobless_bytes(workplace.store.output(job.id))
+    assert output == jobless_bytes(tmp_path / "direct")
     assert "gguf-Q4_1/model.gguf" in output
 
 

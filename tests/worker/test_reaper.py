@@ -1,4 +1,5 @@
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import redis
 from sqlalchemy import select, update
 
 from service.common import repository
-from service.common.models import Lease, Unit
+from service.common.models import Job, Lease, Unit
 from service.common.queue import KEY_PREFIX, QUEUE
 from service.common.status import JobStatus
 from tests.worker.conftest import Foreman
@@ -85,6 +86,8 @@ def test_folders_are_looked_through_at_the_start_and_then_seldom(
 ) -> None:
     job = foreman.submit(source)
     foreman.cancel(job)
+    with workplace.database.write() as session:
+        session.execute(update(Job).values(finished_at=repository.now(session) - timedelta(hours=1)))
     housekeeper = Housekeeper(workplace, "worker@here")
     kept = []
     for period_s in (reaper.SWEEP_S, reaper.SWEEP_S, 0):
@@ -93,6 +96,18 @@ def test_folders_are_looked_through_at_the_start_and_then_seldom(
         housekeeper.keep()
         kept.append(list(workplace.store.job_ids()))
     assert kept == [[], [job.id], []]
+
+
+def test_what_a_crash_leaves_of_a_job_that_ended_goes_with_the_next_round(
+    foreman: Foreman, workplace: Workplace, source: Path
+) -> None:
+    housekeeper = Housekeeper(workplace, "worker@here")
+    housekeeper.keep()
+    job = foreman.submit(source)
+    foreman.cancel(job)
+    workplace.store.create(job.id)
+    housekeeper.keep()
+    assert list(workplace.store.job_ids()) == []
 
 
 def test_housekeeping_sends_what_waits(foreman: Foreman, workplace: Workplace, source: Path, redis_url: str) -> None:

@@ -15,7 +15,7 @@ from hqq_core.recipe import Recipe
 from service.common import repository
 from service.common.models import Job
 from service.common.status import JobStatus, UnitKind
-from tests.checkpoints import VOCABULARY, folder_bytes
+from tests.checkpoints import VOCABULARY, folder_bytes, jobless_bytes
 from tests.vocabularies import save_tokenizer
 from tests.worker.conftest import Foreman
 from worker.reaper import reap
@@ -44,7 +44,7 @@ def as_alone(foreman: Foreman, job: Job, source: Path, recipes: list[Recipe], tm
     assert sorted(path.name for path in output.iterdir()) == sorted(folders)
     for recipe, folder, made in zip(recipes, folders, job.result["outputs"], strict=True):
         (manifest,) = quantize_checkpoint(source, tmp_path / "alone" / folder, recipe, threads=1)
-        assert folder_bytes(output / folder) == folder_bytes(tmp_path / "alone" / folder)
+        assert jobless_bytes(output / folder) == jobless_bytes(tmp_path / "alone" / folder)
         assert made == {"folder": folder, "format": recipe.format, "metrics": manifest.metrics}
     assert {file["name"] for file in job.result["artifacts"]} == set(folder_bytes(output))
 

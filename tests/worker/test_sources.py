@@ -7,7 +7,7 @@ from hqq_core.errors import CheckpointError
 from service.common.errors import SourceNotAllowed, SourceNotFound
 from service.common.roots import SourceRoots
 from tests.checkpoints import save_llama
-from worker.sources import open_source
+from worker.sources import open_source, provenance_of
 
 
 @pytest.fixture
@@ -77,3 +77,13 @@ def test_folder_that_is_no_checkpoint_is_found_and_refused(root: Path) -> None:
     (root / "empty").mkdir()
     with pytest.raises(CheckpointError, match="in the folder"):
         open_source(source(root / "empty"), SourceRoots([root]))
+
+
+def test_a_result_tells_the_folders_name_and_not_its_path(root: Path) -> None:
+    provenance = provenance_of(source(root / "tiny"), "01JOB")
+    assert (provenance.folder, provenance.repo_id, provenance.job_id) == ("tiny", None, "01JOB")
+
+
+def test_a_result_tells_the_repository_and_its_commit() -> None:
+    provenance = provenance_of({"type": "hub", "repo_id": "team-a/model", "commit": "abc"}, "01JOB")
+    assert (provenance.folder, provenance.repo_id, provenance.commit) == (None, "team-a/model", "abc")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hqq_core.checkpoint import FOLDING
+from hqq_core.checkpoint import FOLDING, MANIFEST
 from hqq_core.convert import quantize_checkpoint
 from hqq_core.recipe import Recipe
 from service.common import repository
@@ -15,7 +15,7 @@ from service.common.errors import LeaseLost
 from service.common.queue import Broker
 from service.common.settings import Settings
 from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
-from tests.checkpoints import folder_bytes
+from tests.checkpoints import folder_bytes, jobless_bytes
 from tests.worker.conftest import RECIPE, Foreman
 from worker.heartbeat import Heartbeat
 from worker.steps import STEPS, run_unit
@@ -32,7 +32,8 @@ def test_job_ends_with_the_bytes_of_the_library(
     assert job.result is not None
     (manifest,) = quantize_checkpoint(source, tmp_path / "direct", RECIPE, threads=1)
     output = workplace.store.output(job.id)
-    assert folder_bytes(output) == folder_bytes(tmp_path / "direct")
+    assert jobless_bytes(output) == jobless_bytes(tmp_path / "direct")
+    assert json.loads((output / MANIFEST).read_bytes())["provenance"]["job_id"] == job.id
     assert job.result["outputs"] == [{"folder": "", "format": RECIPE.format, "metrics": manifest.metrics}]
     assert {file["name"] for file in job.result["artifacts"]} == set(folder_bytes(output))
     assert all((output / file["name"]).stat().st_size == file["nbytes"] for file in job.result["artifacts"])
