@@ -21,8 +21,8 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY hqq_core /src/hqq_core
 COPY service /src/service
 COPY worker /src/worker
-# evaluate: transformers, without which there are no synthetic energies
-RUN pip install --no-cache-dir --constraint /src/constraints.txt '/src[evaluate]'
+# evaluate: transformers, without which there are no synthetic energies; s3: targets in buckets
+RUN pip install --no-cache-dir --constraint /src/constraints.txt '/src[evaluate,s3]'
 
 FROM base AS runtime
 COPY --from=build /opt/halfquad /opt/halfquad
@@ -30,6 +30,7 @@ RUN install --directory --owner 10001 --group 10001 --mode 0700 /data
 USER 10001:10001
 ENV HALFQUAD_DATA_DIR=/data \
     NUMBA_CACHE_DIR=/tmp/numba \
+    MPLCONFIGDIR=/tmp/matplotlib \
     HF_HUB_OFFLINE=1 \
     TRANSFORMERS_OFFLINE=1
 WORKDIR /tmp

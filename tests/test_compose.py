@@ -119,7 +119,8 @@ def test_images_have_the_versions_that_the_tests_ran_with() -> None:
         (True, True),
         (False, True),
     ]
-    assert "/src[evaluate]" in shlex.split(installs[-1]), "transformers measures synthetic energies"
+    extras = "transformers measures synthetic energies, s3fs writes to buckets"
+    assert "/src[evaluate,s3]" in shlex.split(installs[-1]), extras
     copied_at = next(at for at, line in enumerate(INSTRUCTIONS) if re.match(r"COPY .*constraints\.txt", line))
     assert copied_at < next(at for at, line in enumerate(INSTRUCTIONS) if "pip install" in line)
     assert SERVICES["worker"]["build"]["args"]["TORCH_INDEX"] == "${TORCH_INDEX:-}"

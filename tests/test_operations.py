@@ -17,5 +17,5 @@ def test_every_setting_is_listed_with_its_default_and_meaning() -> None:
     for name, field in Settings.model_fields.items():
         default, text = ROWS[name]
         assert text == field.description
-        if field.default_factory is None and name not in ("data_dir", "source_roots"):
-            assert default == f"`{field.default}`"
+        if field.default_factory is None and name != "data_dir":
+            assert default == ("none" if field.default in (None, ()) else f"`{field.default}`")

@@ -13,7 +13,7 @@ import torch
 
 from service.client import ApiError
 from tests.acceptance.conftest import N_SHARDS, RECIPE, Installation, wait_until
-from tests.checkpoints import folder_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
+from tests.checkpoints import jobless_bytes, llama_config, llama_tensors, save_checkpoint, save_llama
 
 
 def test_from_submit_to_files(installation: Installation, sharded: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_from_submit_to_files(installation: Installation, sharded: Path, undistu
     assert installation.claims(job_id) == list(range(N_SHARDS)), "each shard once, in order"
     for artifact in installation.client.artifacts(job_id):
         installation.client.download(job_id, artifact["name"], tmp_path / "copy" / artifact["name"])
-    assert folder_bytes(tmp_path / "copy") == folder_bytes(undisturbed)
+    assert jobless_bytes(tmp_path / "copy") == jobless_bytes(undisturbed)
     assert (
         json.loads(installation.run("jobs", "info", job_id, "--json"))["result"]["outputs"][0]["metrics"][
             "bits_per_weight"
@@ -42,7 +42,7 @@ def test_same_source_gives_the_same_bytes_twice(service: Installation, models: P
     source = save_llama(models / "twice")
     first, second = (service.wait_succeeded(service.client.submit(source, RECIPE)["id"]) for _ in range(2))
     assert first["id"] != second["id"]
-    assert folder_bytes(service.output(first["id"])) == folder_bytes(service.output(second["id"]))
+    assert jobless_bytes(service.output(first["id"])) == jobless_bytes(service.output(second["id"]))
 
 
 def test_cancel_stops_within_5_s_and_leaves_nothing(installation: Installation, whole: Path) -> None:
@@ -75,7 +75,7 @@ def test_two_workers_share_a_job(distributed: Installation, models: Path) -> Non
     assert Counter(event["index"] for event in taken) == Counter(range(n_shards)), "each shard is solved once"
     assert {event["attempt"] for event in taken} == {1}
     assert len({event["worker"] for event in taken}) == 2
-    assert folder_bytes(distributed.output(shared["id"])) == folder_bytes(distributed.output(alone["id"]))
+    assert jobless_bytes(distributed.output(shared["id"])) == jobless_bytes(distributed.output(alone["id"]))
     seconds = [job["durations"]["quantize"] for job in (alone, shared)]
     print(
         f"quantize: {seconds[0]:.2f} s by one worker, {seconds[1]:.2f} s by two"

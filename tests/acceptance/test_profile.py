@@ -10,7 +10,7 @@ from hqq_core.checkpoint import REPORT
 from hqq_core.convert import quantize_checkpoint
 from hqq_core.recipe import Recipe
 from tests.acceptance.conftest import RECIPE, Installation, command_line, kill, wait_until
-from tests.checkpoints import folder_bytes, save_llama
+from tests.checkpoints import jobless_bytes, save_llama
 
 MEASURED = {**RECIPE, "energy": "synthetic"}
 
@@ -88,4 +88,4 @@ def test_killed_while_profiling(embedded: Installation, sharded: Path, tmp_path:
     (found,) = embedded.log_events(job_id, "energies_ready")
     assert not found["cached"], "it was killed before the end"
     quantize_checkpoint(sharded, tmp_path / "undisturbed", Recipe(**MEASURED), threads=1)
-    assert folder_bytes(embedded.output(job_id)) == folder_bytes(tmp_path / "undisturbed")
+    assert jobless_bytes(embedded.output(job_id)) == jobless_bytes(tmp_path / "undisturbed")

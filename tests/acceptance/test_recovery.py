@@ -9,7 +9,7 @@ import redis
 from hqq_core.convert import quantize_checkpoint
 from hqq_core.recipe import Recipe
 from tests.acceptance.conftest import RECIPE, Installation, command_line, kill, wait_until
-from tests.checkpoints import folder_bytes
+from tests.checkpoints import jobless_bytes
 
 
 def start_job(installation: Installation, source: Path) -> str:
@@ -21,7 +21,7 @@ def start_job(installation: Installation, source: Path) -> str:
 
 def assert_as_undisturbed(installation: Installation, job_id: str, undisturbed: Path) -> dict:
     job = installation.wait_succeeded(job_id)
-    assert folder_bytes(installation.output(job_id)) == folder_bytes(undisturbed)
+    assert jobless_bytes(installation.output(job_id)) == jobless_bytes(undisturbed)
     return job
 
 
@@ -37,7 +37,7 @@ def test_killed_with_two_formats(embedded: Installation, sharded: Path, undistur
     assert folders == ["compressed-tensors-4bit-g64", "mlx-4bit-g64"]
     quantize_checkpoint(sharded, tmp_path / "mlx", Recipe(**recipes[1]), threads=1)
     for folder, alone in zip(folders, (undisturbed, tmp_path / "mlx"), strict=True):
-        assert folder_bytes(embedded.output(job_id) / folder) == folder_bytes(alone)
+        assert jobless_bytes(embedded.output(job_id) / folder) == jobless_bytes(alone)
     artifact = next(file for file in embedded.client.artifacts(job_id) if file["name"] == "mlx-4bit-g64/config.json")
     embedded.client.download(job_id, artifact["name"], tmp_path / "copy" / artifact["name"])
 
