@@ -35,7 +35,7 @@ class Credential:
 class Credentials:
     """Those of the settings and of their file, as it is now: a token that was mended needs no restart.
 
-    CredentialsInvalid where the file cannot be used; no message has any of its content.
+    CredentialsInvalid where the file cannot be used; a message has its name, neither where it lies nor any of its content.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,33 +60,29 @@ def _read(path: Path) -> dict[str, Credential]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & stat.S_IRWXO:
-                raise CredentialsInvalid(
-                    "the credentials file is open to everybody: take its rights from others (chmod o=)"
-                )
+                raise CredentialsInvalid(f"{path.name} is open to everybody: chmod o= it")
             entries = json.loads(file.read(FILE_LIMIT))
     except OSError as error:
-        raise CredentialsInvalid(f"the credentials file cannot be read: {error.strerror}") from error
+        raise CredentialsInvalid(f"{path.name} cannot be read: {error.strerror}") from error
     except ValueError:
-        raise CredentialsInvalid("the credentials file is not JSON") from None  # the error has the content
+        raise CredentialsInvalid(f"{path.name} is not JSON") from None  # the error has the content
     if not isinstance(entries, dict):
-        raise CredentialsInvalid("the credentials file: wanted an object with a credential for each name")
-    return {name: _credential(name, entry) for name, entry in entries.items()}
+        raise CredentialsInvalid(f"{path.name}: wanted an object with a credential for each name")
+    return {name: _credential(path, name, entry) for name, entry in entries.items()}
 
 
-def _credential(name: str, entry: Any) -> Credential:
+def _credential(path: Path, name: str, entry: Any) -> Credential:
     if not NAME.fullmatch(name):
-        raise CredentialsInvalid(
-            "the credentials file: names are up to 63 letters, digits, dots, dashes and underscores"
-        )
+        raise CredentialsInvalid(f"{path.name}: names are up to 63 letters, digits, dots, dashes and underscores")
     if not isinstance(entry, dict) or not entry.keys() <= FIELDS:
         raise CredentialsInvalid(
-            f'the credentials file: {name}: wanted "token" and, if results may not go everywhere, "namespaces"'
+            f'{path.name}: {name}: wanted "token" and, if results may not go everywhere, "namespaces"'
         )
     token, namespaces = entry.get("token"), entry.get("namespaces")
     if not isinstance(token, str) or not TOKEN.fullmatch(token):
-        raise CredentialsInvalid(f"the credentials file: {name}: the token must be text without spaces")
+        raise CredentialsInvalid(f"{path.name}: {name}: the token must be text without spaces")
     if "namespaces" in entry and not (
         isinstance(namespaces, list) and all(isinstance(item, str) and item for item in namespaces)
     ):
-        raise CredentialsInvalid(f"the credentials file: {name}: namespaces must be a list of names")
+        raise CredentialsInvalid(f"{path.name}: {name}: namespaces must be a list of names")
     return Credential(name, SecretStr(token), None if namespaces is None else tuple(namespaces))
