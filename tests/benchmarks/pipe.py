@@ -9,6 +9,7 @@ once.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -147,6 +148,7 @@ class Done:
     output: Path
     nbytes: int
     seconds: dict[UnitKind, float]
+    cpu_s: tuple[float, float]  # of this process, and of those that it started
     trace: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -162,6 +164,8 @@ def tell(parts: dict[str, float], local: Done, job: Done) -> None:
     apart = local.total_s + parts["download"] + parts["upload"]
     print("parts:    " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()))
     print(f"job {job.total_s:.1f} s, on the folder and without a target {local.total_s:.1f} s")
+    print(f"CPU: {local.cpu_s[0]:.1f} s on the folder; {job.cpu_s[0]:.1f} s and {job.cpu_s[1]:.1f} s of its processes that speak "
+          f"with the Hub; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")  # fmt: skip
     print(f"job / slowest part              {job.total_s / slowest:.2f}")
     print(f"sum of the parts / slowest      {sum(parts.values()) / slowest:.2f}")
     print(f"one after the other / slowest   {apart / slowest:.2f}")
@@ -196,7 +200,7 @@ def work(settings: Settings, source: dict[str, Any], target: dict[str, Any] | No
             max_attempts=1,
         )
     seconds: dict[UnitKind, float] = defaultdict(float)
-    trace, started_at = [], time.perf_counter()
+    trace, started_at, before = [], time.perf_counter(), os.times()
     while unit := next_unit(workplace):
         began_at = time.perf_counter()
         run_unit(workplace, unit.id, owner="bench", leaving=threading.Event())
@@ -207,8 +211,13 @@ def work(settings: Settings, source: dict[str, Any], target: dict[str, Any] | No
         job = repository.get_job(session, job.id)
     assert job.status == JobStatus.SUCCEEDED, job.error
     workplace.close()
+    after = os.times()
+    own_s = after.user + after.system - before.user - before.system
+    children_s = after.children_user + after.children_system - before.children_user - before.children_system
     output = workplace.store.output(job.id)
-    return Done(output, sum(path.stat().st_size for path in files_of(output)), dict(seconds), trace)
+    return Done(
+        output, sum(path.stat().st_size for path in files_of(output)), dict(seconds), (own_s, children_s), trace
+    )
 
 
 def next_unit(workplace: Workplace) -> Unit | None:
