@@ -358,8 +358,11 @@ def test_shards_sent_early_are_not_sent_again(foreman: Publisher, workplace: Wor
 @ON_SQLITE
 def test_what_is_on_its_way_when_the_push_begins_is_not_sent_twice(foreman: Publisher, source: Path) -> None:
     job = foreman.publish(source, {"repo_id": REPO}, Recipe(energy="none"))
+    foreman.fakehub.faults.add("/storage/", method="PUT", delay_s=8)
     foreman.run_up_to(UnitKind.FINISH)
-    foreman.fakehub.faults.add("/storage/", method="PUT", upload_rate=20_000)  # of 50 kB: beyond the end of the finish
+    (request,) = foreman.fakehub.requests.wait("/storage/", "PUT")
+    foreman.run_next()
+    assert request.status is None, "it is on its way"
     foreman.run_all()
     foreman.succeeded(job)
     sent = [request.path for request in foreman.fakehub.requests.find("/storage/", "PUT")]
