@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hqq_core.errors import CheckpointError
+from hqq_core.results import MANIFEST as MANIFEST
 from hqq_core.safetensors_file import CHUNK_NBYTES, DTYPES, TensorEntry, read_exactly, read_header
 from hqq_core.source_files import CONFIG as CONFIG
 from hqq_core.source_files import INDEX as INDEX
@@ -25,7 +26,6 @@ from hqq_core.source_files import MAX_FOLDER_DEPTH, MAX_JSON_NBYTES, indexed_wei
 from hqq_core.source_files import SINGLE as SINGLE
 
 REPORT = "halfquad_report.json"
-MANIFEST = "halfquad_manifest.json"
 FOLDING = "halfquad_folding.dat"  # a safetensors file under a name that no runtime takes for weights
 README = "README.md"  # a model card
 SOURCE_README = "SOURCE_README.md"  # the source's card, in a result, which has one of its own

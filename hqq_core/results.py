@@ -8,6 +8,8 @@ from typing import Any
 
 from hqq_core.provenance import Provenance
 
+MANIFEST = "halfquad_manifest.json"  # the file of a Manifest
+
 
 @dataclass(frozen=True, slots=True)
 class ArtifactFile:

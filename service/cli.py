@@ -18,7 +18,7 @@ from service import watch_commands
 from service.gathered_options import takes
 from service.place_options import source_of, target
 from service.printing import bytes_bar, job_row, print_job, print_json, print_metrics, print_table, sentence
-from service.recipe_options import recipes
+from service.recipe_options import fields_of, recipes
 from service.service_options import DEFAULT_URL, Json, Label, Url, connected, labels_of
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def submit(
         job = client.submit(
             source=source_of(source, revision, credential, drop_source),
             target=target,
-            **({"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}),
+            **fields_of(recipes),
             labels=labels_of(label),
         )
         if watch:

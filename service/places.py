@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,25 @@ def found(name: str, revision: str | None = None, patterns: list[str] | None = N
     """
     from hqq_core.errors import CheckpointError
 
-    if Path(name).is_dir() or not REPO_ID.fullmatch(name):
+    if Path(name).is_dir() or not _is_repo_id(name):
         if revision is not None:
             raise CheckpointError(f"{name}: a revision is one of a repository on the Hub: wanted OWNER/NAME")
         yield Place(Path(name))
         return
     with tempfile.TemporaryDirectory(prefix="halfquad-") as folder:
         yield Place(Path(folder), name, _download(name, revision, folder, patterns))
+
+
+def _is_repo_id(name: str) -> bool:
+    """By the Hub's own rules, and with an owner: a name alone is a folder that is not there."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not listed
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def _download(repo_id: str, revision: str | None, folder: str, patterns: list[str] | None) -> str:

@@ -51,6 +51,11 @@ def recipes(
     return [{**fields, **name, **typed} for name in names for typed in _types(name, names, type)]
 
 
+def fields_of(recipes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The field that a client's call gives them in."""
+    return {"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}
+
+
 def _types(name: dict[str, Any], names: list[dict[str, Any]], types: list[str] | None) -> list[dict[str, Any]]:
     """The file types that are meant for one of several formats: those of `gguf`, unless it is not among them."""
     meant = types if name.get("format") == "gguf" or {"format": "gguf"} not in names else None

@@ -8,7 +8,7 @@ import typer
 from service.gathered_options import takes
 from service.place_options import source_of, target
 from service.printing import print_json, print_table, print_watch, watch_row
-from service.recipe_options import recipes
+from service.recipe_options import fields_of, recipes
 from service.service_options import DEFAULT_URL, Json, Label, Url, connected, labels_of
 
 app = typer.Typer(no_args_is_help=True, help="Follow branches: each new head becomes a job.")
@@ -46,7 +46,7 @@ def add(
     with connected(url) as client:
         watch = client.add_watch(
             source_of(source, revision, credential, False),
-            **({"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}),
+            **fields_of(recipes),
             target=target,
             labels=labels_of(label),
             interval_s=interval_s,

@@ -10,7 +10,7 @@ ServiceError
 │   ├── IdempotencyBusy      409 idempotency_in_progress
 │   ├── JobTerminal          409 job_terminal
 │   ├── JobNotRetryable      409 job_not_retryable
-│   ├── NotFound             404 job_not_found, artifact_not_found
+│   ├── NotFound             404 job_not_found, artifact_not_found, watch_not_found
 │   ├── CredentialUnknown    422 credential_unknown
 │   ├── TargetNotAllowed     422 target_not_allowed
 │   └── HubRefused           422 hub_refused: a Hub will not do it, or has it not; a HubError

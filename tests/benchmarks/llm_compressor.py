@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 WINDOW = 512
 
 if not torch.cuda.is_available():  # AWQ pins its activations whether or not there is a GPU to copy them to
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment, misc]
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
 
 
 def main() -> None:

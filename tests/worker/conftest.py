@@ -1,11 +1,13 @@
 """A worker's workplace over real servers, and jobs driven through it without Celery."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select
 
 from hqq_core.recipe import Recipe
@@ -15,6 +17,7 @@ from service.common.repository import Claim
 from service.common.settings import Settings
 from service.common.status import UnitKind, UnitStatus
 from tests.checkpoints import save_llama
+from tests.fakehub.server import FakeHub
 from worker.steps import run_unit
 from worker.workplace import Workplace
 
@@ -57,6 +60,15 @@ def workplace(settings: Settings) -> Iterator[Workplace]:
     schema.migrate(workplace.database)
     yield workplace
     workplace.close()
+
+
+def at_hub(settings: Settings, fakehub: FakeHub, folder: Path) -> Settings:
+    """With the Hub of the tests: the default credential writes, the one called `reader` reads."""
+    file = folder / "credentials.json"
+    file.write_text(json.dumps({"reader": {"token": fakehub.read_token}}))
+    file.chmod(0o600)
+    hub = {"hub_endpoint": fakehub.endpoint, "hub_token": SecretStr(fakehub.write_token), "credentials_file": file}
+    return settings.model_copy(update=hub)
 
 
 class Foreman:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 from sqlalchemy import select
 
 from hqq_core.recipe import Recipe
@@ -15,7 +14,7 @@ from service.common.settings import Settings
 from service.common.status import JobStatus
 from tests.checkpoints import folder_bytes, save_llama
 from tests.fakehub.server import FakeHub
-from tests.worker.conftest import Foreman
+from tests.worker.conftest import Foreman, at_hub
 from tests.worker.test_watcher import Follower
 from worker.watcher import Watcher
 from worker.workplace import Workplace
@@ -26,11 +25,7 @@ CANARY = b"hf_canary"
 
 @pytest.fixture
 def settings(settings: Settings, fakehub: FakeHub, tmp_path: Path) -> Settings:
-    file = tmp_path / "credentials.json"
-    file.write_text(json.dumps({"reader": {"token": fakehub.read_token}}))
-    file.chmod(0o600)
-    hub = {"hub_endpoint": fakehub.endpoint, "hub_token": SecretStr(fakehub.write_token), "credentials_file": file}
-    return settings.model_copy(update=hub)
+    return at_hub(settings, fakehub, tmp_path)
 
 
 def add_watch(workplace: Workplace) -> None:

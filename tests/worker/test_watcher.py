@@ -1,6 +1,5 @@
 """Watches over the Hub of the tests: the real client in its process, both databases."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any
 
 import pytest
 import structlog
-from pydantic import SecretStr
 from sqlalchemy import Table, select, update
 
 from service.common import repository
 from service.common.models import Base, Job, Watch
 from service.common.settings import Settings
 from tests.fakehub.server import FakeHub
+from tests.worker.conftest import at_hub
 from worker import watcher as module
 from worker.watcher import Watcher
 from worker.workplace import Workplace
@@ -26,11 +25,7 @@ ASKED = rf"/api/models/{REPO}/revision/"
 
 @pytest.fixture
 def settings(settings: Settings, fakehub: FakeHub, tmp_path: Path) -> Settings:
-    file = tmp_path / "credentials.json"
-    file.write_text(json.dumps({"reader": {"token": fakehub.read_token}}))
-    file.chmod(0o600)
-    hub = {"hub_endpoint": fakehub.endpoint, "hub_token": SecretStr(fakehub.write_token), "credentials_file": file}
-    return settings.model_copy(update=hub | {"backoff_s": 5.0, "housekeeping_s": 0.05})
+    return at_hub(settings, fakehub, tmp_path).model_copy(update={"backoff_s": 5.0, "housekeeping_s": 0.05})
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-MANIFEST = "halfquad_manifest.json"  # hqq_core.checkpoint's name for it; that would load torch into every child process
+from hqq_core.results import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import structlog
 
 from hqq_core.card import card_of_several
+from hqq_core.checkpoint import README
 from hqq_core.safetensors_file import sha256_file
 from service.common import repository
 from service.common.errors import ResultDamaged
@@ -14,8 +15,6 @@ from worker.heartbeat import Heartbeat
 from worker.push.files import PushFile, files_of
 from worker.push.target import push_of
 from worker.workplace import Workplace
-
-README = "README.md"
 
 logger = structlog.get_logger(__name__)
 

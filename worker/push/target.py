@@ -44,14 +44,14 @@ def push_of(workplace: Workplace, claim: Claim, look: Look, progress: Callable[[
     watch = Watch(look, progress, _fence(workplace, claim), _pause(workplace.settings, look))
     if "url" in claim.target:
         check_target_url(claim.target["url"], workplace.settings.target_urls)
-        _check_links(claim.target["url"], workplace.settings.target_urls)
+        check_links(claim.target["url"], workplace.settings.target_urls)
         return UrlPush(claim.target["url"], claim.job_id, watch, overwrite=bool(claim.target.get("overwrite")))
     target = HubTarget.from_dict(claim.target)
     hub = hub_of(workplace.settings, claim.target.get("credential"), writes_to=target.repo_id)
     return HubPush(hub, target, claim.job_id, watch)
 
 
-def _check_links(url: str, allowed: Sequence[str]) -> None:
+def check_links(url: str, allowed: Sequence[str]) -> None:
     """TargetNotAllowed where a folder is below an allowed one by name alone: a link leads elsewhere."""
     folder = url.removeprefix("file://")
     if folder != url:

@@ -6,13 +6,14 @@ from pathlib import Path
 import boto3
 import pytest
 
-from service.common.errors import RepoExists
+from service.common.errors import RepoExists, TargetNotAllowed
 from tests.worker.push.conftest import MakeFiles
 from worker.push import at_url
 from worker.push import store as store_module
 from worker.push.at_url import MARKER
 from worker.push.files import PushFile
 from worker.push.store import Store, check_url
+from worker.push.target import check_links
 
 JOB, OTHER = "job_01JAAAAAAAAAAAAAAAAAAAAAAA", "job_01JBBBBBBBBBBBBBBBBBBBBBBB"
 
@@ -220,3 +221,16 @@ def test_marker_that_came_after_the_look_is_respected(
     monkeypatch.setattr(Store, "sizes", late)
     with pytest.raises(RepoExists, match="another job began"):
         at_url.begin(Store(url), JOB, files, overwrite=False)
+
+
+def test_folder_that_a_link_leads_out_of_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "allowed" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "second").symlink_to(tmp_path / "allowed")
+    allowed = [f"file://{tmp_path}/allowed", f"file://{tmp_path}/second"]
+    check_links(f"file://{tmp_path}/allowed/result", allowed)
+    check_links(f"file://{tmp_path}/second/result", allowed)
+    check_links("s3://bucket/result", allowed)
+    for name in ("link", "link/result"):
+        with pytest.raises(TargetNotAllowed, match="a link out of"):
+            check_links(f"file://{tmp_path}/allowed/{name}", allowed)
