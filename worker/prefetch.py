@@ -44,9 +44,8 @@ class Prefetcher:
         with self._changed:
             self._task = task
             self._changed.notify_all()
-            if (
-                self._thread is None
-            ):  # one for the life of the process: the processes that it starts die with their thread
+            if self._thread is None:
+                # one for the life of the process: the processes that it starts die with their thread
                 self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
                 self._thread.start()
         try:

@@ -13,9 +13,8 @@ from worker.workplace import Workplace
 
 LEASE = "housekeeping"
 SWEEP_S = 3600.0
-LATELY = (
-    12  # rounds: whoever ends a job removes its files, but for a crash between the two, and for what the API leaves
-)
+# Rounds: whoever ends a job removes its files, but for a crash between the two, and for what the API leaves.
+LATELY = 12
 FOLDERS_AT_ONCE = 500  # in one query
 
 logger = structlog.get_logger(__name__)

@@ -183,9 +183,8 @@ def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     artifacts, outputs, before = [], [], 0
     with ExitStack() as unit:
         unit.enter_context(going_ahead(workplace, claim))
-        source = cache(
-            lambda: unit.enter_context(opened_source(workplace, claim, heartbeat))
-        )  # gone after a late crash
+        # opened when it is wanted: after a late crash it may be gone, and nothing wants it
+        source = cache(lambda: unit.enter_context(opened_source(workplace, claim, heartbeat)))
         for plan, own in zip(plans, zip(*shards, strict=True), strict=True):
             results = [ShardResult.from_dict(result) for result in own]
             manifest = _finish(workplace, claim, source, plan, results, _after(before, heartbeat.progress))
