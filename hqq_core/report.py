@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.metrics import bits_per_weight, relative_error, sqnr_db
-from hqq_core.plan import Plan
+from hqq_core.plan import Plan, TensorPlan
 from hqq_core.results import ArtifactFile, ShardResult, TensorResult
 
 N_WORST = 5
@@ -59,9 +59,22 @@ def report_of(
     places: Mapping[str, tuple[str, str | None]],
 ) -> dict[str, Any]:
     """What became of every tensor, why, and how well; `places` has the file of each, and its block type in a format of such."""
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "metrics": metrics,
+        "files_left_out": list(plan.left_out),
+        "auto_map_removed": "auto_map" in checkpoint.config,
+        "tensors": entries_of(plan.tensors, results, places),
+    }
+
+
+def entries_of(
+    tensors: Iterable[TensorPlan], results: Sequence[ShardResult], places: Mapping[str, tuple[str, str | None]]
+) -> list[dict[str, Any]]:
+    """What a report has of some tensors."""
     found = {tensor.name: _found(tensor) for result in results for tensor in result.tensors}
     found |= {tensor.name: {"digest": tensor.digest} for result in results for tensor in result.copied}
-    tensors = [
+    return [
         {
             "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype,
             "file": places[tensor.name][0], "type": places[tensor.name][1],
@@ -71,12 +84,5 @@ def report_of(
             "spec": tensor.spec.to_dict() if tensor.spec else None,
             **found[tensor.name],
         }
-        for tensor in plan.tensors
+        for tensor in tensors
     ]  # fmt: skip
-    return {
-        "recipe": plan.recipe.to_dict(),
-        "metrics": metrics,
-        "files_left_out": list(plan.left_out),
-        "auto_map_removed": "auto_map" in checkpoint.config,
-        "tensors": tensors,
-    }

@@ -58,6 +58,11 @@ class ShardResult:
     tensors: tuple[TensorResult, ...]
     copied: tuple[CopiedTensor, ...]
 
+    @property
+    def final(self) -> bool:
+        """Whether its files are what readers look for: those of a format in one file are joined at the end."""
+        return all(file.name.endswith(".safetensors") for file in self.files)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
         return dataclasses.asdict(self)
@@ -71,6 +76,38 @@ class ShardResult:
             tuple(TensorResult(**tensor) for tensor in fields["tensors"]),
             tuple(CopiedTensor(**tensor) for tensor in fields["copied"]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPart:
+    """A shard's files that were found to hold what was solved of the source.
+
+    Parameters
+    ----------
+    index : int
+        The shard's.
+    files : tuple of ArtifactFile
+        As they were then.
+    tensors : tuple of str
+        Of the source; what became of them lies in these files and nowhere else.
+    error_deviation : float or None
+        Largest difference between a tensor's reported relative error and the one found; None: no tensor was quantized.
+    """
+
+    index: int
+    files: tuple[ArtifactFile, ...]
+    tensors: tuple[str, ...]
+    error_deviation: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> HeldPart:
+        """Build from `to_dict`'s result, also after a trip through JSON."""
+        files = tuple(ArtifactFile(**file) for file in fields["files"])
+        return cls(fields["index"], files, tuple(fields["tensors"]), fields["error_deviation"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from hqq_core.checkpoint import open_file
+from hqq_core.checkpoint import Checkpoint, open_file
 from hqq_core.safetensors_file import write_json
 from service.common import repository
 from service.common.errors import ResultDamaged, SourceDamaged
@@ -55,6 +55,10 @@ class HubSource:
         held = sorted((file.path, blob_of(file).key) for file in self.snapshot.weights)
         return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
+    def checkpoint(self, look: Look) -> Checkpoint:
+        """All of it: weight files are downloaded when one of their tensors is read, and `look` is called meanwhile."""
+        return Checkpoint.open(self.folder, lender=lambda name: self.lend(name, look))
+
     @contextmanager
     def lend(self, name: str, look: Look) -> Iterator[int]:
         """A descriptor of a whole weight file, downloaded first where it is not there."""
@@ -62,6 +66,14 @@ class HubSource:
         with self.cache.lend(blob_of(file), self._download(file, look), look) as lent:
             self._check_header(lent, name)
             yield lent
+
+    def has(self, name: str) -> bool:
+        """Whether a weight file is here."""
+        return self.cache.has(blob_of(self._file(name)))
+
+    def drop(self, name: str) -> None:
+        """Throw a weight file out, unless somebody is reading it."""
+        self.cache.drop(blob_of(self._file(name)))
 
     def fetch_next(self, upcoming: Collection[str], look: Look) -> bool:
         """Download the first of these that is not there, if room for it costs none of those before: whether it was."""

@@ -29,12 +29,17 @@ class Source:
     Parameters
     ----------
     checkpoint : Checkpoint
-    revision : str, optional
-        What pins the weights; without it only their bytes tell them apart.
+    fetched : HubSource, optional
+        Where it comes from, if from a repo.
     """
 
     checkpoint: Checkpoint
-    revision: str | None = None
+    fetched: HubSource | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """What pins the weights; without it only their bytes tell them apart."""
+        return self.fetched.revision if self.fetched else None
 
 
 @contextmanager
@@ -52,7 +57,7 @@ def opened_source(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> I
             unit.enter_context(workplace.prefetcher.during(claim.job_id, _errand(reading.source, upcoming)))
             if claim.kind == UnitKind.SHARD:  # it is in use between two of its tensors, too
                 unit.enter_context(reading.lend(checkpoint.files[claim.index]))
-            yield Source(checkpoint, reading.source.revision)
+            yield Source(checkpoint, fetched)
 
 
 def open_source(source: dict[str, Any], roots: SourceRoots) -> Checkpoint:

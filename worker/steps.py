@@ -22,7 +22,7 @@ from hqq_core.energy import Energies
 from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError, VerificationError
 from hqq_core.plan import Plan, build_plans
 from hqq_core.recipe import Recipe
-from hqq_core.results import ArtifactFile, Manifest, ShardResult
+from hqq_core.results import ArtifactFile, HeldPart, Manifest, ShardResult
 from hqq_core.safetensors_file import sha256_file
 from hqq_core.weighting import Weighting
 from service.common import outbox, repository
@@ -39,7 +39,7 @@ from worker.push.early import going_ahead
 from worker.push.job import check_target, push_job
 from worker.reaper import discard_files
 from worker.sources import Source, opened_source, provenance_of
-from worker.verification import verification
+from worker.verification import checking_ahead, held_before, verification
 from worker.workplace import Workplace
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -158,7 +158,10 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
     """One input shard, read once, solved and written for each plan."""
     plans = _final_plans(workplace, claim)
     weighting = _read_energies(workplace, claim, plans) if _weighted(claim) else None
-    with opened_source(workplace, claim, heartbeat) as source, going_ahead(workplace, claim):
+    with ExitStack() as unit:
+        source = unit.enter_context(opened_source(workplace, claim, heartbeat))
+        unit.enter_context(checking_ahead(workplace, claim, source, plans))
+        unit.enter_context(going_ahead(workplace, claim))
         _check_room(workplace, sum(plan.shards[claim.index].nbytes_out for plan in plans))
         results = convert.quantize_shard(
             source.checkpoint,
@@ -180,14 +183,15 @@ def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     plans = _final_plans(workplace, claim)
     with workplace.database.read() as session:
         shards = [result["outputs"] for result in repository.shard_results(session, claim.job_id)]
+    held = held_before(workplace, claim.job_id, len(plans), heartbeat.look)
     artifacts, outputs, before = [], [], 0
     with ExitStack() as unit:
         unit.enter_context(going_ahead(workplace, claim))
         # opened when it is wanted: after a late crash it may be gone, and nothing wants it
         source = cache(lambda: unit.enter_context(opened_source(workplace, claim, heartbeat)))
-        for plan, own in zip(plans, zip(*shards, strict=True), strict=True):
+        for plan, parts, own in zip(plans, held, zip(*shards, strict=True), strict=True):
             results = [ShardResult.from_dict(result) for result in own]
-            manifest = _finish(workplace, claim, source, plan, results, _after(before, heartbeat.progress))
+            manifest = _finish(workplace, claim, source, plan, results, parts, _after(before, heartbeat.progress))
             before += sum(file.nbytes for result in results for file in result.files)
             artifacts += _artifacts(plan, manifest, workplace.store.output(claim.job_id))
             outputs.append({"folder": plan.folder, "format": plan.recipe.format, "metrics": manifest.metrics})
@@ -203,6 +207,7 @@ def _remove_inputs(workplace: Workplace, claim: Claim) -> None:
     workplace.store.energies(claim.job_id).unlink(missing_ok=True)
     if not claim.source.get("keep", True):
         drop_weights(workplace, claim.job_id)
+    workplace.store.remove_checks(claim.job_id)
     forget_source(workplace, claim.job_id)
 
 
@@ -212,6 +217,7 @@ def _finish(
     source: Callable[[], Source],
     plan: Plan,
     results: list[ShardResult],
+    held: list[HeldPart],
     progress: Callable[[int], None],
 ) -> Manifest:
     """One folder; where an earlier start has come to its manifest, only what it names is read once more."""
@@ -223,7 +229,7 @@ def _finish(
             return once_more
         _check_room(workplace, plan.finish_nbytes)
         checkpoint = source().checkpoint
-        check = verification(checkpoint, nbytes, threads=workplace.settings.threads, progress=progress)
+        check = verification(checkpoint, nbytes, held, threads=workplace.settings.threads, progress=progress)
         provenance, repo_id = provenance_of(claim.source, claim.job_id), (claim.target or {}).get("repo_id")
         return convert.finish_checkpoint(
             checkpoint, plan, results, output, check=check, provenance=provenance, repo_id=repo_id

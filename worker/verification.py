@@ -1,19 +1,54 @@
-"""The verifying phase: a result read again, and held against its source, before its manifest is written."""
+"""A result read again and held against its source: shards of a pinned one soon after they are written, the rest at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.results import Manifest
-from hqq_core.verify import verify_folder
+from hqq_core.convert import describe_part
+from hqq_core.plan import Plan
+from hqq_core.results import HeldPart, Manifest, ShardResult
+from hqq_core.verify import verify_folder, verify_part
+from service.common import repository
+from service.common.repository import Claim
+from worker.errands import Look
+from worker.hub_source import HubSource
+from worker.sources import Source
+from worker.workplace import Workplace
 
 logger = structlog.get_logger(__name__)
 
 
+def checking_ahead(
+    workplace: Workplace, claim: Claim, source: Source, plans: Sequence[Plan]
+) -> AbstractContextManager[None]:
+    """While a unit computes, what others have written is verified.
+
+    Not of a source that nothing pins: it might change afterwards, and half of a result be of another model.
+    """
+    fetched = source.fetched
+    if fetched is None:
+        return nullcontext()
+    return workplace.checker.during(claim.job_id, lambda look: _check_next(workplace, claim, fetched, plans, look))
+
+
+def held_before(workplace: Workplace, job_id: str, n_plans: int, look: Look) -> list[list[HeldPart]]:
+    """Of each plan, the parts that were verified."""
+    workplace.checker.settle(job_id, look)
+    checks = workplace.store.read_checks(job_id)
+    return [[HeldPart.from_dict(check[i]) for check in checks if check[i]] for i in range(n_plans)]
+
+
 def verification(
-    checkpoint: Checkpoint, nbytes: int, *, threads: int | None, progress: Callable[[int], None]
+    checkpoint: Checkpoint,
+    nbytes: int,
+    held: Sequence[HeldPart],
+    *,
+    threads: int | None,
+    progress: Callable[[int], None],
 ) -> Callable[[Path, Manifest], None]:
     """The check that `finish_checkpoint` takes; all of it counts for `nbytes`."""
 
@@ -21,7 +56,39 @@ def verification(
         def report(done: int, total: int) -> None:
             progress(nbytes * done // total)
 
-        found = verify_folder(folder, checkpoint, manifest=manifest, threads=threads, progress=report)
-        logger.info("What was written is what was solved.", action="result_verified", **found.to_dict())
+        found = verify_folder(folder, checkpoint, manifest=manifest, held=held, threads=threads, progress=report)
+        about = found.to_dict() | {"shards_verified_before": len(held)}
+        logger.info("What was written is what was solved.", action="result_verified", **about)
 
     return check
+
+
+def _check_next(workplace: Workplace, claim: Claim, source: HubSource, plans: Sequence[Plan], look: Look) -> bool:
+    """Verify the newest shard that is final and not verified, and whose source is still here; whether there was one."""
+    with workplace.database.read() as session:
+        shards = repository.shard_results(session, claim.job_id)
+    done = workplace.store.checked(claim.job_id)
+    for shard in reversed(shards):
+        results = [ShardResult.from_dict(result) for result in shard["outputs"]]
+        index, file = results[0].index, plans[0].shards[results[0].index].file
+        if index in done or not any(result.final for result in results) or not source.has(file):
+            continue
+        with source.lend(file, look):  # between two tensors, too
+            held = [_held(workplace, claim.job_id, source, *made, look) for made in zip(plans, results, strict=True)]
+        workplace.store.write_check(claim.job_id, index, held)
+        if all(held) and not claim.source.get("keep", True):
+            source.drop(file)
+        return True
+    return False
+
+
+def _held(
+    workplace: Workplace, job_id: str, source: HubSource, plan: Plan, result: ShardResult, look: Look
+) -> dict[str, Any] | None:
+    """What one plan made of a shard; None where that is not what readers look for yet."""
+    if not result.final:
+        return None
+    checkpoint = source.checkpoint(look)
+    folder, about = workplace.store.output(job_id) / plan.folder, describe_part(checkpoint, plan, result)
+    threads = workplace.settings.threads
+    return verify_part(folder, result, *about, checkpoint, threads=threads, progress=lambda done: look()).to_dict()

@@ -7,7 +7,7 @@ from service.common.roots import SourceRoots
 from service.common.session import Database
 from service.common.settings import Settings
 from service.common.storage import ArtifactStore
-from worker.prefetch import Prefetcher
+from worker.errands import Errands
 from worker.source_cache import SourceCache
 
 
@@ -19,8 +19,9 @@ class Workplace:
     store: ArtifactStore
     roots: SourceRoots
     cache: SourceCache
-    prefetcher: Prefetcher
-    sender: Prefetcher  # of its own: a download is not to wait for an upload
+    prefetcher: Errands  # one for each kind: a download is not to wait for an upload
+    checker: Errands
+    sender: Errands
     sent: set[tuple[str, str]] = field(default_factory=set)  # files of jobs that it has sent
 
     @classmethod
@@ -33,12 +34,13 @@ class Workplace:
             ArtifactStore(settings.data_dir),
             SourceRoots(settings.source_roots),
             SourceCache(settings.data_dir / "sources", settings.source_cache_nbytes, settings.min_free_nbytes),
-            Prefetcher(database, settings.cancel_poll_s),
-            Prefetcher(database, settings.cancel_poll_s),
+            Errands(database, settings.cancel_poll_s),
+            Errands(database, settings.cancel_poll_s),
+            Errands(database, settings.cancel_poll_s),
         )
 
     def close(self) -> None:
-        self.prefetcher.stop()
-        self.sender.stop()
+        for errands in (self.prefetcher, self.checker, self.sender):
+            errands.stop()
         self.broker.close()
         self.database.close()

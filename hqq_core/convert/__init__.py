@@ -7,9 +7,9 @@ runs them in a row. Each may run twice with the same result, and a folder's mani
 
 from __future__ import annotations
 
-from hqq_core.convert._folder import finish_checkpoint, finished
+from hqq_core.convert._folder import describe_part, finish_checkpoint, finished
 from hqq_core.convert._job import quantize_checkpoint
 from hqq_core.convert._shard import quantize_shard
 from hqq_core.folding import write_folding
 
-__all__ = ["finish_checkpoint", "finished", "quantize_checkpoint", "quantize_shard", "write_folding"]
+__all__ = ["describe_part", "finish_checkpoint", "finished", "quantize_checkpoint", "quantize_shard", "write_folding"]

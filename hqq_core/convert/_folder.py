@@ -19,7 +19,7 @@ from hqq_core.formats.base import CheckpointWriter
 from hqq_core.formats.container import Layout, Part
 from hqq_core.plan import Plan, TensorPlan, stored_tensors
 from hqq_core.provenance import Provenance
-from hqq_core.report import metrics_of, report_of
+from hqq_core.report import entries_of, metrics_of, report_of
 from hqq_core.results import ArtifactFile, Manifest, ShardResult
 from hqq_core.safetensors_file import TEMPORARY_PREFIX, json_bytes, sha256_file, write_file, write_json
 
@@ -124,6 +124,16 @@ def finish_checkpoint(
     write_json(folder / MANIFEST, manifest.to_dict())
     _remove_parts(plan, manifest, folder)
     return manifest
+
+
+def describe_part(
+    checkpoint: Checkpoint, plan: Plan, result: ShardResult
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What config.json will be, and what the report will have of a shard's tensors: as `verify_part` wants them."""
+    writer = writer_for(plan.recipe, checkpoint)
+    tensors = plan.shards[result.index].tensors
+    places = {tensor.name: (tensor.file, None) for tensor in tensors}
+    return _config(checkpoint, plan, writer), entries_of(tensors, [result], places)
 
 
 def _places(plan: Plan, weights: Sequence[ArtifactFile], writer: CheckpointWriter) -> dict[str, tuple[str, str | None]]:

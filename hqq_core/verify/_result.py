@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hqq_core.checkpoint import CONFIG, INDEX, SINGLE
 from hqq_core.errors import VerificationError
-from hqq_core.verify._check import Count, check_copied
+from hqq_core.verify._check import Count, check_copied, check_quantized
 from hqq_core.verify._expected import Expected, read_json
 from hqq_core.verify._matrix import Matrix
 from hqq_core.verify._source import Source
@@ -31,6 +31,24 @@ class Result(Protocol):
 
     def check_all_taken(self) -> None:
         """A VerificationError where a tensor is left."""
+
+
+def tensor_checks(
+    expected: list[Expected], result: Result, source: Source | None, held: Collection[str] = ()
+) -> list[Callable[[Count], float | None]]:
+    """One check for each tensor of the source that is not in `held`; all that is stored belongs to one of them."""
+    checks: list[Callable[[Count], float | None]] = []
+    for tensor in expected:
+        if tensor.quantized:
+            check: Callable[[Count], float | None] = functools.partial(
+                check_quantized, result.weight(tensor), tensor, source
+            )
+        else:
+            check = result.copied(tensor, source)
+        if tensor.name not in held:
+            checks.append(check)
+    result.check_all_taken()
+    return checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +74,19 @@ class SafetensorsResult:
         for path in folder.glob(f"*{WEIGHTS}"):
             if path.name not in files:
                 raise VerificationError(path.name, "weights that the manifest does not have: readers may load them")
+        result = cls.of_files((path for name, path in files.items() if name.endswith(WEIGHTS)), config)
+        _check_index(result.left, files)
+        return result
+
+    @classmethod
+    def of_files(cls, paths: Iterable[Path], config: dict[str, Any]) -> SafetensorsResult:
+        """From these files alone."""
         stored: dict[str, StoredTensor] = {}
-        for name in sorted(name for name in files if name.endswith(WEIGHTS)):
-            for tensor in read_tensors(files[name]).values():
+        for path in sorted(paths):
+            for tensor in read_tensors(path).values():
                 if tensor.name in stored:
-                    raise VerificationError(tensor.name, f"in {name} and in {stored[tensor.name].path.name}")
+                    raise VerificationError(tensor.name, f"in {path.name} and in {stored[tensor.name].path.name}")
                 stored[tensor.name] = tensor
-        _check_index(stored, files)
         return cls(stored, reader_of(config), left_alone(config))
 
     def weight(self, tensor: Expected) -> Callable[[], Matrix]:

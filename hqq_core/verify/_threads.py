@@ -15,39 +15,45 @@ class _Stopped(Exception):
     """Another check failed, or the caller has had enough."""
 
 
-def run(
-    checks: Iterable[Callable[[Callable[[int], None]], T]], threads: int, progress: Callable[[int], None] | None
-) -> list[T]:
-    """Results of checks, each of which gets a function to count what it has done; the first error ends all of them.
+class Work:
+    """Runs checks, each of which gets a function to count what it has done.
 
     Parameters
     ----------
-    checks : iterable of callable
     threads : int
     progress : callable, optional
-        Gets the sum of what was counted, several times a second; what it raises stops the checks.
+        Gets the sum of what was counted so far, several times a second; what it raises stops the checks.
     """
-    counted, lock, stop = [0], threading.Lock(), threading.Event()
 
-    def count(n: int) -> None:
-        with lock:
-            counted[0] += n
-        if stop.is_set():
-            raise _Stopped
+    def __init__(self, threads: int, progress: Callable[[int], None] | None) -> None:
+        self._threads, self._progress = threads, progress
+        self._counted, self._lock = 0, threading.Lock()
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        futures = [pool.submit(check, count) for check in checks]
-        try:
-            results = []
-            for future in futures:
-                while not wait([future], LOOK_S).done:
-                    if progress:
-                        progress(counted[0])
-                results.append(future.result())
-                if progress:
-                    progress(counted[0])
-            return results
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    def run(self, checks: Iterable[Callable[[Callable[[int], None]], T]]) -> list[T]:
+        """Their results; the first error ends all of them."""
+        stop = threading.Event()
+
+        def count(n: int) -> None:
+            with self._lock:
+                self._counted += n
+            if stop.is_set():
+                raise _Stopped
+
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="verify") as pool:
+            futures = [pool.submit(check, count) for check in checks]
+            try:
+                results = []
+                for future in futures:
+                    while not wait([future], LOOK_S).done:
+                        self._tell()
+                    results.append(future.result())
+                    self._tell()
+                return results
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _tell(self) -> None:
+        if self._progress:
+            self._progress(self._counted)

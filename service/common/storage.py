@@ -5,6 +5,7 @@ plan.profiled.json      the same with input energies: the profile unit's, where 
 energies.safetensors    the profile unit's too, until the shards are done
 source/                 of a source at a Hub, all but the data of its weight files, until the job's end
 snapshot.json           which repo, commit and files that is
+checks/                 which shards' results were held against their source already, until the job's end
 output/                 the result, of several recipes a folder each
 """
 
@@ -58,20 +59,34 @@ class ArtifactStore:
         """Where the job's input energies are kept until its last shard is done."""
         return self.folder(job_id) / "energies.safetensors"
 
+    def write_check(self, job_id: str, index: int, check: list[dict[str, Any] | None]) -> None:
+        """What each plan's part of a shard was found to be, or None; FileNotFoundError where the job is gone."""
+        self._checks(job_id).mkdir(mode=0o700, exist_ok=True)
+        _write_json(self._checks(job_id) / f"{index}.json", check)
+
+    def read_checks(self, job_id: str) -> list[list[dict[str, Any]]]:
+        """All that is known of shards."""
+        return [
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._checks(job_id).glob("[0-9]*.json"))
+        ]
+
+    def checked(self, job_id: str) -> set[int]:
+        """Shards of which something is known."""
+        return {int(path.stem) for path in self._checks(job_id).glob("[0-9]*.json")}
+
+    def remove_checks(self, job_id: str) -> None:
+        shutil.rmtree(self._checks(job_id), ignore_errors=True)
+
     def write_plan(self, job_id: str, plan: dict[str, Any], *, profiled: bool = False) -> None:
         """Whole or not at all; each unit has a file of its own, so one that wakes late undoes nobody's work."""
-        final = self._plan(job_id, profiled)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(plan, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(final)
-        _sync_folder(final.parent)
+        _write_json(self._plan(job_id, profiled), plan)
 
     def read_plan(self, job_id: str, *, profiled: bool = False) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(self._plan(job_id, profiled).read_text(encoding="utf-8"))
         return plan
+
+    def _checks(self, job_id: str) -> Path:
+        return self.folder(job_id) / "checks"
 
     def _plan(self, job_id: str, profiled: bool) -> Path:
         return self.folder(job_id) / ("plan.profiled.json" if profiled else "plan.json")
@@ -94,6 +109,17 @@ class ArtifactStore:
         free = self.free_nbytes()
         if free - nbytes < reserve_nbytes:
             raise StorageFullError(f"{nbytes} bytes to write, {free} free, {reserve_nbytes} of them kept in reserve")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Durably, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prefetcher: one thread of a process that does what a unit will need later, while the unit computes."""
+"""Errands: one thread of a process that does what a job will need later, while a unit of it computes."""
 
 import threading
 import time
@@ -21,8 +21,9 @@ Task = tuple[str, Errand]  # of a job
 logger = structlog.get_logger(__name__)
 
 
-class Prefetcher:
-    """Runs one errand again and again while it finds something to do: a download of what comes next, an upload of what is ready.
+class Errands:
+    """Runs one errand again and again while it finds something to do: a download of what comes next, a check or an upload of
+    what is ready.
 
     An errand does one piece of work, says whether there was any, and calls the `look` that it gets several times a second: that
     raises Cancelled when the job is no longer running or `stop` was called. What fails here is only logged; the unit that needs
@@ -46,7 +47,7 @@ class Prefetcher:
             self._changed.notify_all()
             if self._thread is None:
                 # one for the life of the process: the processes that it starts die with their thread
-                self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="errands", daemon=True)
                 self._thread.start()
         try:
             yield
@@ -97,7 +98,7 @@ class Prefetcher:
         except Cancelled:
             self._forget(task)
         except Exception as error:
-            logger.info("Nothing was fetched ahead.", action="prefetch_failed", job_id=job_id, reason=str(error))
+            logger.info("Nothing was done ahead.", action="errand_failed", job_id=job_id, reason=str(error))
             self._forget(task)
         return False
 

@@ -9,7 +9,7 @@ import pytest
 from hqq_core.errors import Cancelled
 from service.common.models import Job
 from tests.worker.conftest import Foreman
-from worker.prefetch import Look, Prefetcher
+from worker.errands import Errands, Look
 from worker.workplace import Workplace
 
 
@@ -21,7 +21,7 @@ def job(foreman: Foreman, source: Path) -> Job:
 
 
 @pytest.fixture
-def prefetcher(workplace: Workplace) -> Prefetcher:
+def prefetcher(workplace: Workplace) -> Errands:
     return workplace.prefetcher
 
 
@@ -46,7 +46,7 @@ def happens(event: threading.Event) -> bool:
     return event.wait(30)
 
 
-def test_errand_is_run_again_while_there_is_work(prefetcher: Prefetcher, job: Job) -> None:
+def test_errand_is_run_again_while_there_is_work(prefetcher: Errands, job: Job) -> None:
     left, done = [3, 2, 1], threading.Event()
 
     def errand(look: Look) -> bool:
@@ -61,7 +61,7 @@ def test_errand_is_run_again_while_there_is_work(prefetcher: Prefetcher, job: Jo
     assert left == []
 
 
-def test_what_is_in_work_at_the_end_of_a_unit_goes_on(prefetcher: Prefetcher, job: Job) -> None:
+def test_what_is_in_work_at_the_end_of_a_unit_goes_on(prefetcher: Errands, job: Job) -> None:
     errand = Endless()
     with prefetcher.during(job.id, errand):
         assert happens(errand.begun)
@@ -74,7 +74,7 @@ def test_what_is_in_work_at_the_end_of_a_unit_goes_on(prefetcher: Prefetcher, jo
     assert not errand.cancelled.is_set()
 
 
-def test_unit_that_breaks_takes_its_errand_along(prefetcher: Prefetcher, job: Job) -> None:
+def test_unit_that_breaks_takes_its_errand_along(prefetcher: Errands, job: Job) -> None:
     errand = Endless()
 
     def broken() -> None:
@@ -87,7 +87,7 @@ def test_unit_that_breaks_takes_its_errand_along(prefetcher: Prefetcher, job: Jo
     assert errand.cancelled.is_set()
 
 
-def test_cancel_of_the_job_ends_it(prefetcher: Prefetcher, foreman: Foreman, job: Job) -> None:
+def test_cancel_of_the_job_ends_it(prefetcher: Errands, foreman: Foreman, job: Job) -> None:
     errand = Endless()
     with prefetcher.during(job.id, errand):
         assert happens(errand.begun)
@@ -95,7 +95,7 @@ def test_cancel_of_the_job_ends_it(prefetcher: Prefetcher, foreman: Foreman, job
     assert happens(errand.cancelled)
 
 
-def test_closed_workplace_ends_it(prefetcher: Prefetcher, workplace: Workplace, job: Job) -> None:
+def test_closed_workplace_ends_it(prefetcher: Errands, workplace: Workplace, job: Job) -> None:
     errand = Endless()
     with prefetcher.during(job.id, errand):
         assert happens(errand.begun)
@@ -105,7 +105,7 @@ def test_closed_workplace_ends_it(prefetcher: Prefetcher, workplace: Workplace, 
 
 @pytest.mark.parametrize("make_error", [OSError, ValueError])
 def test_what_fails_ahead_is_left_to_the_unit(
-    prefetcher: Prefetcher, job: Job, make_error: Callable[[str], Exception]
+    prefetcher: Errands, job: Job, make_error: Callable[[str], Exception]
 ) -> None:
     failed = threading.Event()
 
@@ -121,7 +121,7 @@ def test_what_fails_ahead_is_left_to_the_unit(
         errand.let_go.set()
 
 
-def test_settled_when_what_is_in_work_has_come_to_its_end(prefetcher: Prefetcher, job: Job) -> None:
+def test_settled_when_what_is_in_work_has_come_to_its_end(prefetcher: Errands, job: Job) -> None:
     prefetcher.settle(job.id, lambda: pytest.fail("nothing is in work"))
     errand, looked = Endless(), threading.Event()
     with prefetcher.during(job.id, errand):
@@ -137,7 +137,7 @@ def test_settled_when_what_is_in_work_has_come_to_its_end(prefetcher: Prefetcher
     assert not errand.cancelled.is_set()
 
 
-def test_who_stops_waiting_ends_what_is_in_work(prefetcher: Prefetcher, job: Job) -> None:
+def test_who_stops_waiting_ends_what_is_in_work(prefetcher: Errands, job: Job) -> None:
     errand = Endless()
     with prefetcher.during(job.id, errand):
         assert happens(errand.begun)
