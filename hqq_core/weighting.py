@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,17 @@ class Weighting:
         wanted = {tensor.name for tensor in shard.tensors if tensor.correlated}
         correlations = energies.correlations.only(wanted) if energies.correlations else None
         return cls(energy, columns, rows, values, correlations)
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of all vectors and the names that they have."""
+        digest = hashlib.sha256()
+        for part in (self.energy, self.columns, self.rows, self.values):
+            for name, vector in sorted(part.items()):
+                digest.update(f"{name} {vector.dtype} {tuple(vector.shape)} ".encode())
+                digest.update(vector.contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(b"\n")
+        return digest.hexdigest()
 
     def of_tensor(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Energy, column and row factors that `solver.quantize` takes for one tensor."""

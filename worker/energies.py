@@ -13,6 +13,7 @@ from hqq_core.energy import Energies, fingerprint, profile
 from hqq_core.errors import HalfquadError
 from hqq_core.plan import Plan
 from hqq_core.safetensors_file import discard_temporaries, temporary_path
+from worker.ahead import Passed
 from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat
 from worker.sources import Source
@@ -25,7 +26,12 @@ _aside = ThreadPoolExecutor(1, thread_name_prefix="energies")
 
 
 def obtain(
-    opened: Source, plans: Sequence[Plan], path: Path, cache: EnergyCache, heartbeat: Heartbeat
+    opened: Source,
+    plans: Sequence[Plan],
+    path: Path,
+    cache: EnergyCache,
+    heartbeat: Heartbeat,
+    passed: Passed | None = None,
 ) -> tuple[Energies, bool]:
     """The energies that a job's recipes ask for, also saved at `path`, and whether an earlier job had left them."""
     mode = next(plan.recipe.energy for plan in plans if plan.recipe.weighted)  # on which they agree
@@ -43,7 +49,9 @@ def obtain(
 
     beside = temporary_path(path) if correlated else None
     try:
-        energies = _stoppable(lambda: profile(checkpoint, mode, correlations=beside, progress=progress), heartbeat)
+        energies = _stoppable(
+            lambda: profile(checkpoint, mode, correlations=beside, passed=passed, progress=progress), heartbeat
+        )
         energies.save(path, source)
     except _NotLent as error:
         raise error.why from None

@@ -32,6 +32,7 @@ from service.common.models import Job
 from service.common.repository import Claim, ShardWork
 from service.common.status import UnitKind
 from worker import energies
+from worker.ahead import solved_before, solving_ahead
 from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat, Stop
 from worker.kept_source import drop_weights, forget_source
@@ -137,8 +138,11 @@ def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job
     store, settings = workplace.store, workplace.settings
     plans = _read_plans(workplace, claim, profiled=False)
     kept = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
-    with opened_source(workplace, claim, heartbeat) as source:
-        found, cached = energies.obtain(source, plans, store.energies(claim.job_id), kept, heartbeat)
+    with ExitStack() as unit:
+        source = unit.enter_context(opened_source(workplace, claim, heartbeat))
+        passed = unit.enter_context(solving_ahead(workplace, claim, source, plans))
+        unit.enter_context(going_ahead(workplace, claim))
+        found, cached = energies.obtain(source, plans, store.energies(claim.job_id), kept, heartbeat, passed)
     plans = [plan.with_energies(found) for plan in plans]
     for plan in plans:
         convert.write_folding(plan, found, store.output(claim.job_id))
@@ -155,15 +159,26 @@ def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job
 
 
 def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
-    """One input shard, read once, solved and written for each plan."""
+    """One input shard, read once, solved and written for each plan; or found as it was while others were measured."""
     plans = _final_plans(workplace, claim)
     weighting = _read_energies(workplace, claim, plans) if _weighted(claim) else None
+    before = solved_before(workplace, claim.job_id, plans, claim.index, weighting, heartbeat.look)
+    results = before or _solve(workplace, claim, heartbeat, plans, weighting)
+    nbytes_out = sum(file.nbytes for result in results for file in result.files)
+    with workplace.database.write() as session:
+        made = {"outputs": [result.to_dict() for result in results]}
+        return repository.shard_succeeded(session, claim, made, nbytes_out=nbytes_out)
+
+
+def _solve(
+    workplace: Workplace, claim: Claim, heartbeat: Heartbeat, plans: Sequence[Plan], weighting: Energies | None
+) -> Sequence[ShardResult]:
     with ExitStack() as unit:
         source = unit.enter_context(opened_source(workplace, claim, heartbeat))
         unit.enter_context(checking_ahead(workplace, claim, source, plans))
         unit.enter_context(going_ahead(workplace, claim))
         _check_room(workplace, sum(plan.shards[claim.index].nbytes_out for plan in plans))
-        results = convert.quantize_shard(
+        return convert.quantize_shard(
             source.checkpoint,
             plans,
             claim.index,
@@ -172,10 +187,6 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
             threads=workplace.settings.threads,
             progress=heartbeat.progress,
         )
-    nbytes_out = sum(file.nbytes for result in results for file in result.files)
-    with workplace.database.write() as session:
-        made = {"outputs": [result.to_dict() for result in results]}
-        return repository.shard_succeeded(session, claim, made, nbytes_out=nbytes_out)
 
 
 def finish_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
@@ -207,7 +218,7 @@ def _remove_inputs(workplace: Workplace, claim: Claim) -> None:
     workplace.store.energies(claim.job_id).unlink(missing_ok=True)
     if not claim.source.get("keep", True):
         drop_weights(workplace, claim.job_id)
-    workplace.store.remove_checks(claim.job_id)
+    workplace.store.remove_notes(claim.job_id)
     forget_source(workplace, claim.job_id)
 
 

@@ -38,7 +38,8 @@ def checking_ahead(
 def held_before(workplace: Workplace, job_id: str, n_plans: int, look: Look) -> list[list[HeldPart]]:
     """Of each plan, the parts that were verified."""
     workplace.checker.settle(job_id, look)
-    checks = workplace.store.read_checks(job_id)
+    store = workplace.store
+    checks = [store.read_note(job_id, "checks", index) for index in store.noted(job_id, "checks")]
     return [[HeldPart.from_dict(check[i]) for check in checks if check[i]] for i in range(n_plans)]
 
 
@@ -67,7 +68,7 @@ def _check_next(workplace: Workplace, claim: Claim, source: HubSource, plans: Se
     """Verify the newest shard that is final and not verified, and whose source is still here; whether there was one."""
     with workplace.database.read() as session:
         shards = repository.shard_results(session, claim.job_id)
-    done = workplace.store.checked(claim.job_id)
+    done = workplace.store.noted(claim.job_id, "checks")
     for shard in reversed(shards):
         results = [ShardResult.from_dict(result) for result in shard["outputs"]]
         index, file = results[0].index, plans[0].shards[results[0].index].file
@@ -75,7 +76,7 @@ def _check_next(workplace: Workplace, claim: Claim, source: HubSource, plans: Se
             continue
         with source.lend(file, look):  # between two tensors, too
             held = [_held(workplace, claim.job_id, source, *made, look) for made in zip(plans, results, strict=True)]
-        workplace.store.write_check(claim.job_id, index, held)
+        workplace.store.write_note(claim.job_id, "checks", index, held)
         if all(held) and not claim.source.get("keep", True):
             source.drop(file)
         return True

@@ -20,6 +20,7 @@ class Workplace:
     roots: SourceRoots
     cache: SourceCache
     prefetcher: Errands  # one for each kind: a download is not to wait for an upload
+    solver: Errands
     checker: Errands
     sender: Errands
     sent: set[tuple[str, str]] = field(default_factory=set)  # files of jobs that it has sent
@@ -34,13 +35,14 @@ class Workplace:
             ArtifactStore(settings.data_dir),
             SourceRoots(settings.source_roots),
             SourceCache(settings.data_dir / "sources", settings.source_cache_nbytes, settings.min_free_nbytes),
-            Errands(database, settings.cancel_poll_s),
-            Errands(database, settings.cancel_poll_s),
-            Errands(database, settings.cancel_poll_s),
+            prefetcher=Errands(database, settings.cancel_poll_s),
+            solver=Errands(database, settings.cancel_poll_s),
+            checker=Errands(database, settings.cancel_poll_s),
+            sender=Errands(database, settings.cancel_poll_s),
         )
 
     def close(self) -> None:
-        for errands in (self.prefetcher, self.checker, self.sender):
+        for errands in (self.prefetcher, self.solver, self.checker, self.sender):
             errands.stop()
         self.broker.close()
         self.database.close()

@@ -26,7 +26,7 @@ from hqq_core.energy._correlations import Correlations
 from hqq_core.energy._energies import PARTS, Energies
 from hqq_core.energy._folds import Fold, fold
 from hqq_core.energy._progress import Progress
-from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, synthetic
+from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, Passed, synthetic
 from hqq_core.errors import EnergyError
 from hqq_core.recipe import EnergyMode
 
@@ -40,6 +40,7 @@ def profile(
     mode: EnergyMode = "auto",
     *,
     correlations: Path | None = None,
+    passed: Passed | None = None,
     progress: Progress | None = None,
 ) -> Energies:
     """Input energies of a checkpoint the way a recipe asks for them, and what may be folded.
@@ -51,6 +52,8 @@ def profile(
         "auto" falls back from synthetic to analytic, tensor by tensor; the others give what they name or nothing.
     correlations : Path, optional
         A file for correlations between inputs, which synthetic energies come with; the result reads them from there.
+    passed : callable, optional
+        As in `synthetic`.
     progress : callable, optional
         Gets the source bytes read so far, at most all of them; what it raises stops the work.
 
@@ -68,7 +71,7 @@ def profile(
         return Energies({}, {})
     progress = _bounded(checkpoint, progress) if progress else None
     try:
-        energies = _energies(checkpoint, mode, correlations, progress)
+        energies = _energies(checkpoint, mode, correlations, passed, progress)
         return dataclasses.replace(energies, folds=fold(checkpoint, progress=progress))
     except BaseException:
         if correlations:
@@ -77,12 +80,16 @@ def profile(
 
 
 def _energies(
-    checkpoint: Checkpoint, mode: EnergyMode, correlations: Path | None, progress: Progress | None
+    checkpoint: Checkpoint,
+    mode: EnergyMode,
+    correlations: Path | None,
+    passed: Passed | None,
+    progress: Progress | None,
 ) -> Energies:
     if mode == "analytic":
         return analytic(checkpoint, progress=progress)
     try:
-        measured = synthetic(checkpoint, correlations=correlations, progress=progress)
+        measured = synthetic(checkpoint, correlations=correlations, passed=passed, progress=progress)
     except EnergyError as error:
         if mode == "synthetic":
             raise

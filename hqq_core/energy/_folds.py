@@ -9,7 +9,7 @@ SINQ's (arXiv 2509.22944) in its form for the whole model, with one closed form 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,15 +54,19 @@ class Fold:
         return Fold(*parts)
 
 
-Make = tuple[str, Callable[[], Fold]]  # with the first weight that it reads
+Make = tuple[tuple[str, ...], Callable[[], Fold]]  # with what it has factors for, a weight that it reads first
 
 
-def fold(checkpoint: Checkpoint, *, progress: Progress | None = None) -> tuple[Fold, ...]:
+def fold(
+    checkpoint: Checkpoint, names: Collection[str] | None = None, *, progress: Progress | None = None
+) -> tuple[Fold, ...]:
     """Every fold that the family is known to allow; from the weights alone, the same bytes for any number of threads.
 
     Parameters
     ----------
     checkpoint : Checkpoint
+    names : collection of str, optional
+        Tensors: only what concerns one of them.
     progress : callable, optional
         Gets the source bytes read so far; what it raises stops the work.
     """
@@ -70,9 +74,10 @@ def fold(checkpoint: Checkpoint, *, progress: Progress | None = None) -> tuple[F
     with stoppable(), ExitStack() as files, single_threaded():
         readers = [files.enter_context(checkpoint.shard(name)) for name in checkpoint.files]
         weights = Weights(readers, checkpoint.config, progress)
-        makes = [*_behind_norms(weights), *_behind_rows(weights)]
+        all_makes = [*_behind_norms(weights), *_behind_rows(weights)]
+        makes = [make for make in all_makes if names is None or not set(make[0]).isdisjoint(names)]
         # file by file: where weights come from afar and not all can be near, each is then fetched once
-        for i, (_, make) in sorted(enumerate(makes), key=lambda numbered: weights.place_of(numbered[1][0])):
+        for i, (_, make) in sorted(enumerate(makes), key=lambda numbered: weights.place_of(numbered[1][0][0])):
             try:
                 folded = make()
                 _check_finite(folded)
@@ -98,7 +103,8 @@ def _behind_norms(weights: Weights) -> Iterator[Make]:
             norms[norm] = feed.norm
     for norm, names in fed.items():
         if all(_is_matrix(name, weights) for name in names) and not _strangers(names, known, weights):
-            yield names[0], partial(_behind_norm, norm, norms[norm].offset, names, weights)
+            concerned = (*names, f"{norm}.weight", f"{norm}.bias")
+            yield concerned, partial(_behind_norm, norm, norms[norm].offset, names, weights)
 
 
 def _strangers(names: list[str], known: set[str], weights: Weights) -> list[str]:
@@ -129,9 +135,10 @@ def _behind_rows(weights: Weights) -> Iterator[Make]:
         if rows is None:
             continue
         for place, names in places(feed, weights.names):
-            before = f"{place.find(rows.module, weights.names)}.weight"
-            if len(names) == 1 and all(_is_matrix(name, weights) for name in (*names, before)):
-                yield names[0], partial(_behind, rows, place, feed, names[0], weights)
+            before = place.find(rows.module, weights.names)
+            if len(names) == 1 and all(_is_matrix(name, weights) for name in (*names, f"{before}.weight")):
+                concerned = (names[0], f"{before}.weight", f"{before}.bias")
+                yield concerned, partial(_behind, rows, place, feed, names[0], weights)
 
 
 def _behind(rows: Rows, place: Place, feed: Feed, name: str, weights: Weights) -> Fold:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 
@@ -38,12 +38,15 @@ class Means:
                 self._sums[fed] = self._allocate(value).copy_(value)
             self._n[fed] += len(x)
 
-    def by_name(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Means by tensor name, float32; for a tensor that holds all experts, one for each, if every one was reached."""
+    def by_name(
+        self, shapes: dict[str, tuple[int, ...]], only: Container[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Means by tensor name, of all or `only` these, float32; of one that holds all experts, if every one was reached."""
         found: dict[str, torch.Tensor] = {}
         stacks: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-        for (names, expert), total in self._sums.items():
-            mean = (total / self._n[names, expert]).float()
+        for (together, expert), total in self._sums.items():
+            names = [name for name in together if only is None or name in only]
+            mean = (total / self._n[together, expert]).float() if names else total
             for name in names:
                 if expert is None:
                     found[name] = mean

@@ -24,6 +24,8 @@ from hqq_core.energy._stored import Fed
 from hqq_core.energy._threads import row_products, single_threaded
 from hqq_core.errors import EnergyError, HalfquadError, short
 
+Passed = Callable[[int, Energies], None]
+
 N_TOKENS = 2048
 WINDOW = 512
 MIN_EXPERT_TOKENS = 64  # an expert that fewer tokens reach is shown others of its layer until it has seen as many
@@ -38,6 +40,7 @@ _FETCHING = (
 )  # fmt: skip
 _FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye, torch.rand, torch.randn)
 
+_NUMBERED = re.compile(r".*?\.\d+\.")
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|proj_out)\.weight")  # multiplied with what the base model gives
 
 
@@ -48,6 +51,7 @@ def synthetic(
     seed: int = SEED,
     exponent: float = EXPONENT,
     correlations: Path | None = None,
+    passed: Passed | None = None,
     progress: Progress | None = None,
 ) -> Energies:
     """Energies measured on random token ids.
@@ -62,6 +66,9 @@ def synthetic(
         Tokens are drawn with p(id) ~ (id + 50) ** -exponent: tokenizers number tokens by how common they are.
     correlations : Path, optional
         A file for what the inputs of a weight have to do with each other; it must stay as long as the result is used.
+    passed : callable, optional
+        Gets the index of a weight file and what was measured for its tensors, when the pass has come beyond it. Most often that
+        is all there will be, for layers follow each other in files; only the result knows.
     progress : callable, optional
         Gets the source bytes read so far; what it raises stops the work.
 
@@ -86,15 +93,42 @@ def synthetic(
 
     means = Means(lambda x: x.square().sum(0, dtype=torch.float64), allocate)
     taken: dict[str, Any] = {"n_tokens": n_tokens, "seed": seed, "exponent": exponent, "progress": progress}
+    gather = means.add if passed is None else _Passing(checkpoint, means, passed)
     if correlations is None:
-        run(checkpoint, means.add, **taken)
+        run(checkpoint, gather, **taken)
         found = None
     else:
-        found = _correlated(checkpoint, means.add, correlations, taken)
+        found = _correlated(checkpoint, gather, correlations, taken)
     vectors = _fitting(means.by_name(shapes), shapes, checkpoint.config)
     return Energies(
         vectors, dict.fromkeys(vectors, "synthetic"), correlations=found.only(set(vectors)) if found else None
     )
+
+
+class _Passing:
+    """Gathers means, and tells of each weight file when the pass is in a later one, in a layer that the file has nothing of."""
+
+    def __init__(self, checkpoint: Checkpoint, means: Means, passed: Passed) -> None:
+        self._means, self._passed, self._config = means, passed, checkpoint.config
+        self._shapes = [{n: e.shape for n, e in entries.items()} for entries in checkpoint.headers().values()]
+        self._file = {name: i for i, shapes in enumerate(self._shapes) for name in shapes}
+        self._layers = [{_layer(name) for name in shapes} - {""} for shapes in self._shapes]
+        self._next = 0
+
+    def __call__(self, fed: Fed, x: torch.Tensor) -> None:
+        self._means.add(fed, x)
+        file, layer = max(self._file[name] for name in fed[0]), _layer(fed[0][0])
+        while self._next < file and layer not in self._layers[self._next]:
+            shapes = self._shapes[self._next]
+            vectors = _fitting(self._means.by_name(shapes, shapes), shapes, self._config)
+            self._passed(self._next, Energies(vectors, dict.fromkeys(vectors, "synthetic")))
+            self._next += 1
+
+
+def _layer(name: str) -> str:
+    """The first numbered module on the way to a tensor; empty where there is none."""
+    found = _NUMBERED.match(name)
+    return found.group() if found else ""
 
 
 def _correlated(checkpoint: Checkpoint, gather: Gather, path: Path, taken: dict[str, Any]) -> Correlations:

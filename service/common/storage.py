@@ -5,6 +5,7 @@ plan.profiled.json      the same with input energies: the profile unit's, where 
 energies.safetensors    the profile unit's too, until the shards are done
 source/                 of a source at a Hub, all but the data of its weight files, until the job's end
 snapshot.json           which repo, commit and files that is
+solved/                 which shards were solved while others were measured, until the job's end
 checks/                 which shards' results were held against their source already, until the job's end
 output/                 the result, of several recipes a folder each
 """
@@ -14,10 +15,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hqq_core.errors import StorageFullError
 from service.common.models import JOB_ID
+
+Note = Literal["solved", "checks"]
 
 
 class ArtifactStore:
@@ -59,23 +62,26 @@ class ArtifactStore:
         """Where the job's input energies are kept until its last shard is done."""
         return self.folder(job_id) / "energies.safetensors"
 
-    def write_check(self, job_id: str, index: int, check: list[dict[str, Any] | None]) -> None:
-        """What each plan's part of a shard was found to be, or None; FileNotFoundError where the job is gone."""
-        self._checks(job_id).mkdir(mode=0o700, exist_ok=True)
-        _write_json(self._checks(job_id) / f"{index}.json", check)
+    def write_note(self, job_id: str, kind: Note, index: int, note: Any) -> None:
+        """What was found out of a shard ahead of its time; FileNotFoundError where the job is gone."""
+        folder = self.folder(job_id) / kind
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _write_json(folder / f"{index}.json", note)
 
-    def read_checks(self, job_id: str) -> list[list[dict[str, Any]]]:
-        """All that is known of shards."""
-        return [
-            json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._checks(job_id).glob("[0-9]*.json"))
-        ]
+    def read_note(self, job_id: str, kind: Note, index: int) -> Any:
+        """None where there is none."""
+        try:
+            return json.loads((self.folder(job_id) / kind / f"{index}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
 
-    def checked(self, job_id: str) -> set[int]:
-        """Shards of which something is known."""
-        return {int(path.stem) for path in self._checks(job_id).glob("[0-9]*.json")}
+    def noted(self, job_id: str, kind: Note) -> list[int]:
+        """Shards of which there is such a note."""
+        return sorted(int(path.stem) for path in (self.folder(job_id) / kind).glob("[0-9]*.json"))
 
-    def remove_checks(self, job_id: str) -> None:
-        shutil.rmtree(self._checks(job_id), ignore_errors=True)
+    def remove_notes(self, job_id: str) -> None:
+        for kind in get_args(Note):
+            shutil.rmtree(self.folder(job_id) / kind, ignore_errors=True)
 
     def write_plan(self, job_id: str, plan: dict[str, Any], *, profiled: bool = False) -> None:
         """Whole or not at all; each unit has a file of its own, so one that wakes late undoes nobody's work."""
@@ -84,9 +90,6 @@ class ArtifactStore:
     def read_plan(self, job_id: str, *, profiled: bool = False) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(self._plan(job_id, profiled).read_text(encoding="utf-8"))
         return plan
-
-    def _checks(self, job_id: str) -> Path:
-        return self.folder(job_id) / "checks"
 
     def _plan(self, job_id: str, profiled: bool) -> Path:
         return self.folder(job_id) / ("plan.profiled.json" if profiled else "plan.json")

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.pipe [--layers 24] [--hidden 1024] [--shards 12] [--preset best] [--energy none]
 
 The parts are measured first, each alone: a job on the same checkpoint as a folder, its weight files downloaded one after another,
-every file of the result uploaded by one request. The line to and the line from the Hub are made as slow as solving takes. Then
-a job from the repo to another, with an empty cache, on a Hub of our own in another process. No Celery: units follow each other at
-once.
+every file of the result uploaded by one request. The line to and the line from the Hub are made as slow as solving takes, and
+measuring input energies before it. Then a job from the repo to another, with an empty cache, on a Hub of our own in
+another process. No Celery: units follow each other at once.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def run(folder: Path, asked: argparse.Namespace) -> None:
         about = f"preset {asked.preset}, bits {asked.nbits}, energies {asked.energy}"
         print(f"{nbytes / 1e6:.0f} MB in {asked.shards} shards, {about}; result {local.nbytes / 1e6:.0f} MB")
         print(f"folder:   {local}")
-        solve_s = local.seconds[UnitKind.SHARD]
+        solve_s = local.seconds[UnitKind.SHARD] + local.seconds[UnitKind.PROFILE]
         bare_s = download(hub, folder / "bare"), upload(hub, local.output, BARE)
         print(f"download {bare_s[0]:.1f} s and upload {bare_s[1]:.1f} s where nothing holds them up")
         rates = [size / max(solve_s - bare, 0.1) for size, bare in zip((nbytes, local.nbytes), bare_s, strict=True)]

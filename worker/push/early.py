@@ -8,9 +8,9 @@ import structlog
 
 from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
-from service.common import repository
 from service.common.errors import ServiceError
 from service.common.repository import Claim
+from worker.ahead import written_shards
 from worker.push.files import files_of
 from worker.push.target import push_of
 from worker.workplace import Workplace
@@ -29,8 +29,7 @@ def going_ahead(workplace: Workplace, claim: Claim) -> AbstractContextManager[No
 
 def send_next(workplace: Workplace, claim: Claim, look: Callable[[], None]) -> bool:
     """Send at once all files that are final and that this process has not tried; whether there were any."""
-    with workplace.database.read() as session:
-        shards = repository.shard_results(session, claim.job_id)
+    shards = written_shards(workplace, claim.job_id)
     files = files_of(workplace.store.output(claim.job_id), final_files(claim, shards))
     waiting = [file for file in files if (claim.job_id, file.name) not in workplace.sent]
     if not waiting:

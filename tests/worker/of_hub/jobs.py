@@ -57,7 +57,9 @@ def shard_keys(source: Path) -> set[str]:
 
 def converted(folder: Path) -> dict[str, bytes]:
     """All of a result but the two files that tell where its source was."""
-    return {name: content for name, content in folder_bytes(folder).items() if name not in (README, MANIFEST)}
+    return {
+        name: content for name, content in folder_bytes(folder).items() if Path(name).name not in (README, MANIFEST)
+    }
 
 
 def result(foreman: Foreman, job: Any) -> dict[str, bytes]:

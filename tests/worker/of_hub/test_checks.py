@@ -26,7 +26,7 @@ FIRST = "model-00001-of-00004.safetensors"
 def checked(workplace: Workplace, job: Job) -> set[int]:
     """Shards of which a check is written down, when none is in work."""
     workplace.checker.settle(job.id, lambda: None)
-    return workplace.store.checked(job.id)
+    return set(workplace.store.noted(job.id, "checks"))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def slow_solver(monkeypatch: pytest.MonkeyPatch, workplace: Workplace) -> None:
     def wait_for_checks(*arguments: Any, **options: Any) -> Any:
         solved = solve(*arguments, **options)
         job_id = arguments[3].parent.name
-        eventually(lambda: len(workplace.store.checked(job_id)) == arguments[2])
+        eventually(lambda: len(workplace.store.noted(job_id, "checks")) == arguments[2])
         return solved
 
     monkeypatch.setattr(convert, "quantize_shard", wait_for_checks)
@@ -121,7 +121,8 @@ def test_parts_that_will_be_joined_are_verified_when_they_are(
     job = foreman.submit(of_repo(repo_id="team-a/llama"), *recipes)
     foreman.run_up_to(UnitKind.FINISH)
     assert checked(workplace, job) == set(range(N_SHARDS - 1))
-    for parts in workplace.store.read_checks(job.id):
+    for index in checked(workplace, job):
+        parts = workplace.store.read_note(job.id, "checks", index)
         assert [part is None for part in parts] == [True, False]
     foreman.run_all()
     assert foreman.get(job).status == JobStatus.SUCCEEDED

@@ -1,0 +1,140 @@
+"""Shards solved while the rest of their model is still measured, so that a result grows as its source arrives.
+
+What a shard's weights are weighted and folded with is most often known when the pass through the model has come to the next
+weight file. So an errand beside the profile's unit solves it then, and leaves a note. The shard's own unit takes what it finds
+there where it was made of the very same problem; so a guess that came too early costs time and nothing else.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import structlog
+
+from hqq_core import convert
+from hqq_core.energy import Energies, fold
+from hqq_core.plan import Plan
+from hqq_core.results import ShardResult
+from hqq_core.weighting import Weighting
+from service.common import repository
+from service.common.repository import Claim
+from worker.errands import Look
+from worker.hub_source import HubSource
+from worker.sources import Source
+from worker.workplace import Workplace
+
+Passed = Callable[[int, Energies], None]
+
+logger = structlog.get_logger(__name__)
+
+
+@contextmanager
+def solving_ahead(workplace: Workplace, claim: Claim, source: Source, plans: Sequence[Plan]) -> Iterator[Passed | None]:
+    """Within it, shards are solved that what the `with` gets is called for; None where nothing can be done ahead.
+
+    Correlations are not to be read before they are all written, and a source that nothing pins may change.
+    """
+    if source.fetched is None or any(plan.recipe.correlated for plan in plans):
+        yield None
+        return
+    ahead = _Ahead(workplace, claim.job_id, source.fetched, plans)
+    with workplace.solver.during(claim.job_id, ahead.solve_next):
+        yield lambda index, measured: ahead.measured.append((index, measured))
+
+
+def solved_before(
+    workplace: Workplace, job_id: str, plans: Sequence[Plan], index: int, energies: Energies | None, look: Look
+) -> list[ShardResult] | None:
+    """What was made of a shard, if it was made of this problem and is there."""
+    workplace.solver.settle(job_id, look)
+    note = workplace.store.read_note(job_id, "solved", index)
+    if note is None or note["problem"] != _problem(plans, index, energies):
+        return None
+    results = [ShardResult.from_dict(result) for result in note["outputs"]]
+    output = workplace.store.output(job_id)
+    for plan, result in zip(plans, results, strict=True):
+        for file in result.files:
+            path = output / plan.folder / file.name
+            if not path.is_file() or path.stat().st_size != file.nbytes:
+                return None
+    return results
+
+
+def written_shards(workplace: Workplace, job_id: str) -> list[dict[str, Any]]:
+    """What is written of any shard, whether or not its unit has come to its turn; in the order of the plan."""
+    with workplace.database.read() as session:
+        units = repository.shard_results(session, job_id)
+    shards = {
+        index: workplace.store.read_note(job_id, "solved", index) for index in workplace.store.noted(job_id, "solved")
+    }
+    shards |= {shard["outputs"][0]["index"]: shard for shard in units}
+    return [shards[index] for index in sorted(shards) if shards[index]]
+
+
+@dataclass
+class _Ahead:
+    workplace: Workplace
+    job_id: str
+    source: HubSource
+    plans: Sequence[Plan]
+    measured: deque[tuple[int, Energies]] = field(default_factory=deque)
+
+    def solve_next(self, look: Look) -> bool:
+        """Solve the first shard that is measured; whether there was one."""
+        if not self.measured:
+            return False
+        index, measured = self.measured.popleft()
+        file = self.plans[0].shards[index].file
+        if self.source.has(file):  # else there was no room for it, and what comes next wants that more
+            energies = self._folded(index, measured, look)
+            with self.source.lend(file, look):  # between two tensors, too
+                self._solve(index, energies, look)
+        return True
+
+    def _folded(self, index: int, measured: Energies, look: Look) -> Energies:
+        """With the folds of a shard's tensors, for which other files may be read."""
+        if not any(plan.recipe.weighted and plan.recipe.fold for plan in self.plans):
+            return measured
+        names = {tensor.name for tensor in self.plans[0].shards[index].tensors}
+        checkpoint = self.source.checkpoint(look)
+        return replace(measured, folds=fold(checkpoint, names, progress=lambda nbytes: look()))
+
+    def _solve(self, index: int, energies: Energies, look: Look) -> None:
+        plans = [plan.with_energies(energies) for plan in self.plans]
+        if _unmeasured(plans, index):
+            return
+        store, settings = self.workplace.store, self.workplace.settings
+        store.check_room(sum(plan.shards[index].nbytes_out for plan in plans), reserve_nbytes=settings.min_free_nbytes)
+        results = convert.quantize_shard(
+            self.source.checkpoint(look),
+            plans,
+            index,
+            store.output(self.job_id),
+            energies,
+            threads=settings.threads,
+            progress=lambda nbytes: look(),
+        )
+        note = {"problem": _problem(plans, index, energies), "outputs": [result.to_dict() for result in results]}
+        store.write_note(self.job_id, "solved", index, note)
+        logger.info("Solved a shard ahead.", action="shard_solved_ahead", index=index)
+
+
+def _unmeasured(plans: Sequence[Plan], index: int) -> bool:
+    """Whether a weight waits for another kind of energy, which is looked for at the end."""
+    tensors = (tensor for plan in plans for tensor in plan.shards[index].tensors)
+    return any(tensor.spec and tensor.energy == "none" for tensor in tensors)
+
+
+def _problem(plans: Sequence[Plan], index: int, energies: Energies | None) -> str:
+    """Hex SHA-256 of all that a shard's result follows from, but the source."""
+    digest = hashlib.sha256()
+    for plan in plans:
+        shard = plan.shards[index]
+        about = {"recipe": plan.recipe.to_dict(), "folder": plan.folder, "shard": asdict(shard)}
+        digest.update(json.dumps(about, sort_keys=True).encode())
+        digest.update(Weighting.of(shard, energies if plan.recipe.weighted else None).digest.encode())
+    return digest.hexdigest()
