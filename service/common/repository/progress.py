@@ -25,10 +25,10 @@ def save_progress(session: Session, claim: Claim, nbytes_done: int, *, lease_s: 
 
 
 def count_progress(session: Session, job: Job, kind: UnitKind, at: datetime) -> Job:
-    """Add up the phase's units on the job row."""
+    """Add up the phase's units on the job row. It stays where a unit that started again has to catch up."""
     summed = select(func.sum(Unit.nbytes_done)).where(Unit.job_id == job.id, Unit.kind == kind)
     nbytes_done = int(session.scalar(summed) or 0)
-    if nbytes_done == job.nbytes_done:
+    if nbytes_done <= job.nbytes_done:
         return job
     seen = _percent(job)
     job = change_job(session, job, at, nbytes_done=nbytes_done)

@@ -195,6 +195,24 @@ def test_progress_makes_an_event_only_for_a_whole_percent(database, hand):
     assert [data["completed"] for type, data in hand.events(job) if type == "progress"] == [1000, 2000]
 
 
+def test_unit_that_starts_again_tells_no_percent_twice(database, hand):
+    job = hand.insert()
+    hand.plan(100, 100)
+    first, other = hand.claim(), hand.claim()
+    with database.write() as session:
+        repository.save_progress(session, first, 80, lease_s=60)
+    fail(database, first)
+    again = hand.claim()
+    seen = []
+    for claim, done in ((again, 20), (other, 10), (again, 80), (other, 40)):
+        with database.write() as session:
+            repository.save_progress(session, claim, done, lease_s=60)
+        seen.append(hand.get(job).nbytes_done)
+    assert seen == [80, 80, 90, 120]
+    completed = [data["completed"] for type, data in hand.events(job) if type == "progress"]
+    assert completed == [80, 90, 120]
+
+
 def test_later_claim_fences_off_the_earlier(database, hand):
     hand.insert()
     hand.plan(10)
