@@ -1,7 +1,7 @@
 """All queries. Nothing here commits: the caller's `with database.write()` does.
 
-Whoever changes a job or its units locks the job row first. So writers of one job go one after the other, two of them
-never wait for each other, and what is read under the lock is what is written back.
+Whoever changes a job or its units locks the job row first; only a lease is moved without it, under its unit's. So writers
+of one job go one after the other, two of them never wait for each other, and what is read under the lock is what is written back.
 """
 
 from service.common.repository.claims import Claim, claim_unit, renew_lease

@@ -43,7 +43,8 @@ def reap_unit(session: Session, unit_id: str, *, backoff_s: float, backoff_limit
     """Take a unit from the worker that was lost with it; None when it came back meanwhile."""
     job_id = session.scalar(select(Unit.job_id).where(Unit.id == unit_id))
     job = lock_job(session, job_id) if job_id else None
-    unit = session.get(Unit, unit_id, populate_existing=True)
+    # its own lock too: a lease is renewed without the job's
+    unit = session.get(Unit, unit_id, with_for_update=True, populate_existing=True)
     if job is None or unit is None or unit.status != UnitStatus.RUNNING:
         return None
     if unit.lease_expires_at is not None and unit.lease_expires_at >= now(session):

@@ -3,7 +3,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 
 from service.common import repository
 from service.common.errors import (
@@ -248,6 +248,29 @@ def test_renewed_lease_is_not_reaped(database, hand):
     with database.write() as session:
         assert repository.renew_lease(session, claim, lease_s=60) == JobStatus.RUNNING
     assert reap(database) == []
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)  # SQLite has one writer at a time
+def test_lease_that_is_renewed_while_the_reaper_looks_is_left(database, hand):
+    hand.insert()
+    claim = hand.claim()
+    expire(database, claim)
+    reaped = []
+
+    def reap_it():
+        with database.write() as session:
+            reaped.append(repository.reap_unit(session, claim.unit_id, **WAIT))
+
+    reaper = threading.Thread(target=reap_it)
+    with database.write() as session:
+        repository.renew_lease(session, claim, lease_s=60)
+        reaper.start()
+        while not session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
+            assert reaper.is_alive()
+    reaper.join()
+    assert reaped == [None]
+    with database.write() as session:
+        assert repository.renew_lease(session, claim, lease_s=60) == JobStatus.RUNNING
 
 
 def test_lost_worker_is_an_error_after_max_attempts(database, hand):
