@@ -15,10 +15,15 @@ import psycopg
 import pytest
 import redis
 import torch
+from hypothesis import HealthCheck, settings
 
 START_TIMEOUT_S = 30
 
 pytest_plugins = ["tests.fakehub.fixtures"]
+
+settings.register_profile("dev", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 for name in [name for name in os.environ if name.startswith("HALFQUAD_")]:
     del os.environ[name]  # a developer's own settings are none of the tests' business
