@@ -114,7 +114,7 @@ def run(folder: Path, asked: argparse.Namespace) -> None:
         about = f"preset {asked.preset}, bits {asked.nbits}, energies {asked.energy}"
         print(f"{nbytes / 1e6:.0f} MB in {asked.shards} shards, {about}; result {local.nbytes / 1e6:.0f} MB")
         print(f"folder:   {local}")
-        solve_s = local.seconds[UnitKind.SHARD] + local.seconds[UnitKind.PROFILE]
+        solve_s = local.seconds[UnitKind.SHARD] + local.seconds.get(UnitKind.PROFILE, 0.0)
         bare_s = download(hub, folder / "bare"), upload(hub, local.output, BARE)
         print(f"download {bare_s[0]:.1f} s and upload {bare_s[1]:.1f} s where nothing holds them up")
         rates = [size / max(solve_s - bare, 0.1) for size, bare in zip((nbytes, local.nbytes), bare_s, strict=True)]
