@@ -8,7 +8,7 @@ there where it was made of the very same problem; so a guess that came too early
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from hqq_core import convert
-from hqq_core.energy import Energies, fold
+from hqq_core.energy import Energies, Passed, fold
 from hqq_core.plan import Plan
 from hqq_core.results import ShardResult
 from hqq_core.weighting import Weighting
@@ -26,8 +26,6 @@ from worker.errands import Look
 from worker.hub_source import HubSource
 from worker.sources import Source
 from worker.workplace import Workplace
-
-Passed = Callable[[int, Energies], None]
 
 logger = structlog.get_logger(__name__)
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from hqq_core.checkpoint import Checkpoint
-from hqq_core.energy import Energies, fingerprint, profile
+from hqq_core.energy import Energies, Passed, fingerprint, profile
 from hqq_core.errors import HalfquadError
 from hqq_core.plan import Plan
 from hqq_core.safetensors_file import discard_temporaries, temporary_path
-from worker.ahead import Passed
 from worker.energy_cache import EnergyCache
 from worker.heartbeat import Heartbeat
 from worker.sources import Source

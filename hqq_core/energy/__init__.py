@@ -30,7 +30,18 @@ from hqq_core.energy._synthetic import EXPONENT, N_TOKENS, SEED, Passed, synthet
 from hqq_core.errors import EnergyError
 from hqq_core.recipe import EnergyMode
 
-__all__ = ["PARTS", "Correlations", "Energies", "Fold", "analytic", "fingerprint", "fold", "profile", "synthetic"]
+__all__ = [
+    "PARTS",
+    "Correlations",
+    "Energies",
+    "Fold",
+    "Passed",
+    "analytic",
+    "fingerprint",
+    "fold",
+    "profile",
+    "synthetic",
+]
 
 VERSION = 2  # of how energies are computed: another number, another fingerprint
 

@@ -46,7 +46,9 @@ class Means:
         stacks: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
         for (together, expert), total in self._sums.items():
             names = [name for name in together if only is None or name in only]
-            mean = (total / self._n[together, expert]).float() if names else total
+            if not names:
+                continue
+            mean = (total / self._n[together, expert]).float()
             for name in names:
                 if expert is None:
                     found[name] = mean
