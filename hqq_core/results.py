@@ -87,7 +87,7 @@ class HeldPart:
     index : int
         The shard's.
     files : tuple of ArtifactFile
-        As they were then.
+        As they were then; with them that of the factors, where any are folded.
     tensors : tuple of str
         Of the source; what became of them lies in these files and nowhere else.
     error_deviation : float or None

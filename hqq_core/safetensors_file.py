@@ -265,7 +265,7 @@ class SafetensorsWriter:
         os.close(self._file)
         self._file = -1
         digest = sha256_file(self._temporary)
-        _publish(self._temporary, self.path)
+        publish(self._temporary, self.path)
         return digest
 
     def discard(self) -> None:
@@ -306,7 +306,7 @@ def discard_temporaries(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, path: Path) -> None:
+def publish(temporary: Path, path: Path) -> None:
     """Rename and make the rename durable."""
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -327,7 +327,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, s
                 nbytes += len(piece)
             file.flush()
             os.fsync(file.fileno())
-        _publish(temporary, path)
+        publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -1,16 +1,18 @@
 """Shards solved while the rest of their model is still measured, so that a result grows as its source arrives.
 
 What a shard's weights are weighted and folded with is most often known when the pass through the model has come to the next
-weight file. So an errand beside the profile's unit solves it then, and leaves a note. The shard's own unit takes what it finds
-there where it was made of the very same problem; so a guess that came too early costs time and nothing else.
+weight file. So an errand beside the profile's unit solves it then, in a folder that has the hash of the problem for a name. The
+shard's own unit takes what it finds under the hash of its problem; so a guess that came too early costs time and nothing else.
 """
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -19,6 +21,7 @@ from hqq_core import convert
 from hqq_core.energy import Energies, Passed, fold
 from hqq_core.plan import Plan
 from hqq_core.results import ShardResult
+from hqq_core.safetensors_file import publish, temporary_path, write_json
 from hqq_core.weighting import Weighting
 from service.common import repository
 from service.common.repository import Claim
@@ -27,11 +30,16 @@ from worker.hub_source import HubSource
 from worker.sources import Source
 from worker.workplace import Workplace
 
+NOTE = "solved.json"
+VERSION = 1  # of the note and of what a problem is
+
 logger = structlog.get_logger(__name__)
 
 
 @contextmanager
-def solving_ahead(workplace: Workplace, claim: Claim, source: Source, plans: Sequence[Plan]) -> Iterator[Passed | None]:
+def solving_ahead(
+    workplace: Workplace, claim: Claim, source: Source, plans: Sequence[Plan], look: Look
+) -> Iterator[Passed | None]:
     """Within it, shards are solved that what the `with` gets is called for; None where nothing can be done ahead.
 
     Correlations are not to be read before they are all written, and a source that nothing pins may change.
@@ -42,35 +50,55 @@ def solving_ahead(workplace: Workplace, claim: Claim, source: Source, plans: Seq
     ahead = _Ahead(workplace, claim.job_id, source.fetched, plans)
     with workplace.solver.during(claim.job_id, ahead.solve_next):
         yield lambda index, measured: ahead.measured.append((index, measured))
+    workplace.solver.settle(claim.job_id, look)  # else another worker would begin with the same shard
 
 
 def solved_before(
-    workplace: Workplace, job_id: str, plans: Sequence[Plan], index: int, energies: Energies | None, look: Look
+    workplace: Workplace, job_id: str, plans: Sequence[Plan], index: int, energies: Energies | None
 ) -> list[ShardResult] | None:
-    """What was made of a shard, if it was made of this problem and is there."""
-    workplace.solver.settle(job_id, look)
-    note = workplace.store.read_note(job_id, "solved", index)
-    if note is None or note["problem"] != _problem(plans, index, energies):
+    """What was made of a shard, put where it belongs, if it was made of this problem."""
+    folder, output = workplace.store.solved(job_id) / _problem(plans, index, energies), workplace.store.output(job_id)
+    if (note := _read_note(folder)) is None:
         return None
     results = [ShardResult.from_dict(result) for result in note["outputs"]]
-    output = workplace.store.output(job_id)
     for plan, result in zip(plans, results, strict=True):
+        (output / plan.folder).mkdir(exist_ok=True)
         for file in result.files:
-            path = output / plan.folder / file.name
-            if not path.is_file() or path.stat().st_size != file.nbytes:
+            if not _take_over(folder / plan.folder / file.name, output / plan.folder / file.name, file.nbytes):
                 return None
     return results
 
 
-def written_shards(workplace: Workplace, job_id: str) -> list[dict[str, Any]]:
-    """What is written of any shard, whether or not its unit has come to its turn; in the order of the plan."""
+def written_shards(workplace: Workplace, job_id: str) -> list[tuple[Path, dict[str, Any]]]:
+    """What is written of any shard, and below which folder, whether or not its unit has come to its turn."""
     with workplace.database.read() as session:
-        units = repository.shard_results(session, job_id)
-    shards = {
-        index: workplace.store.read_note(job_id, "solved", index) for index in workplace.store.noted(job_id, "solved")
-    }
-    shards |= {shard["outputs"][0]["index"]: shard for shard in units}
-    return [shards[index] for index in sorted(shards) if shards[index]]
+        shards = [(workplace.store.output(job_id), shard) for shard in repository.shard_results(session, job_id)]
+    seen = {shard["outputs"][0]["index"] for _, shard in shards}
+    ahead = [(folder, _read_note(folder)) for folder in sorted(workplace.store.solved(job_id).glob("*"))]
+    return shards + [(folder, note) for folder, note in ahead if note and note["outputs"][0]["index"] not in seen]
+
+
+def _read_note(folder: Path) -> dict[str, Any] | None:
+    """What was solved there; None where it is not whole."""
+    try:
+        note: dict[str, Any] = json.loads((folder / NOTE).read_bytes())
+    except FileNotFoundError:
+        return None
+    return note if note["version"] == VERSION else None
+
+
+def _take_over(found: Path, path: Path, nbytes: int) -> bool:
+    """Have a file under its own name; it may be on its way to a target under the other. Whether it was there."""
+    try:
+        if found.stat().st_size != nbytes:
+            return False
+        temporary = temporary_path(path)
+        os.link(found, temporary)
+        publish(temporary, path)
+    except OSError as error:  # gone, or no links there
+        logger.info("A shard is solved again.", action="shard_not_taken_over", file=path.name, reason=error.strerror)
+        return False
+    return True
 
 
 @dataclass
@@ -103,21 +131,17 @@ class _Ahead:
 
     def _solve(self, index: int, energies: Energies, look: Look) -> None:
         plans = [plan.with_energies(energies) for plan in self.plans]
-        if _unmeasured(plans, index):
+        folder = self.workplace.store.solved(self.job_id) / _problem(plans, index, energies)
+        if _unmeasured(plans, index) or _read_note(folder):
             return
         store, settings = self.workplace.store, self.workplace.settings
         store.check_room(sum(plan.shards[index].nbytes_out for plan in plans), reserve_nbytes=settings.min_free_nbytes)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        source, threads = self.source.checkpoint(look), settings.threads
         results = convert.quantize_shard(
-            self.source.checkpoint(look),
-            plans,
-            index,
-            store.output(self.job_id),
-            energies,
-            threads=settings.threads,
-            progress=lambda nbytes: look(),
+            source, plans, index, folder, energies, threads=threads, progress=lambda nbytes: look()
         )
-        note = {"problem": _problem(plans, index, energies), "outputs": [result.to_dict() for result in results]}
-        store.write_note(self.job_id, "solved", index, note)
+        write_json(folder / NOTE, {"version": VERSION, "outputs": [result.to_dict() for result in results]})
         logger.info("Solved a shard ahead.", action="shard_solved_ahead", index=index)
 
 

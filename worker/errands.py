@@ -97,7 +97,7 @@ class Errands:
             return errand(self._look_for(job_id))
         except Cancelled:
             self._forget(task)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, others wait for this thread
             logger.info("Nothing was done ahead.", action="errand_failed", job_id=job_id, reason=str(error))
             self._forget(task)
         return False

@@ -140,7 +140,7 @@ def profile_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job
     kept = EnergyCache(settings.data_dir / "energies", settings.energy_cache_nbytes)
     with ExitStack() as unit:
         source = unit.enter_context(opened_source(workplace, claim, heartbeat))
-        passed = unit.enter_context(solving_ahead(workplace, claim, source, plans))
+        passed = unit.enter_context(solving_ahead(workplace, claim, source, plans, heartbeat.look))
         unit.enter_context(going_ahead(workplace, claim))
         found, cached = energies.obtain(source, plans, store.energies(claim.job_id), kept, heartbeat, passed)
     plans = [plan.with_energies(found) for plan in plans]
@@ -162,7 +162,7 @@ def quantize_shard(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> 
     """One input shard, read once, solved and written for each plan; or found as it was while others were measured."""
     plans = _final_plans(workplace, claim)
     weighting = _read_energies(workplace, claim, plans) if _weighted(claim) else None
-    before = solved_before(workplace, claim.job_id, plans, claim.index, weighting, heartbeat.look)
+    before = solved_before(workplace, claim.job_id, plans, claim.index, weighting)
     results = before or _solve(workplace, claim, heartbeat, plans, weighting)
     nbytes_out = sum(file.nbytes for result in results for file in result.files)
     with workplace.database.write() as session:
@@ -218,7 +218,8 @@ def _remove_inputs(workplace: Workplace, claim: Claim) -> None:
     workplace.store.energies(claim.job_id).unlink(missing_ok=True)
     if not claim.source.get("keep", True):
         drop_weights(workplace, claim.job_id)
-    workplace.store.remove_notes(claim.job_id)
+    if claim.target is None:  # else it may still be sent from there
+        workplace.store.remove_ahead(claim.job_id)
     forget_source(workplace, claim.job_id)
 
 

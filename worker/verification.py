@@ -9,6 +9,7 @@ import structlog
 
 from hqq_core.checkpoint import Checkpoint
 from hqq_core.convert import describe_part
+from hqq_core.errors import VerificationError
 from hqq_core.plan import Plan
 from hqq_core.results import HeldPart, Manifest, ShardResult
 from hqq_core.verify import verify_folder, verify_part
@@ -38,9 +39,8 @@ def checking_ahead(
 def held_before(workplace: Workplace, job_id: str, n_plans: int, look: Look) -> list[list[HeldPart]]:
     """Of each plan, the parts that were verified."""
     workplace.checker.settle(job_id, look)
-    store = workplace.store
-    checks = [store.read_note(job_id, "checks", index) for index in store.noted(job_id, "checks")]
-    return [[HeldPart.from_dict(check[i]) for check in checks if check[i]] for i in range(n_plans)]
+    checks = workplace.store.read_checks(job_id).values()
+    return [[HeldPart.from_dict(part) for check in checks if (part := check[i])] for i in range(n_plans)]
 
 
 def verification(
@@ -68,15 +68,21 @@ def _check_next(workplace: Workplace, claim: Claim, source: HubSource, plans: Se
     """Verify the newest shard that is final and not verified, and whose source is still here; whether there was one."""
     with workplace.database.read() as session:
         shards = repository.shard_results(session, claim.job_id)
-    done = workplace.store.noted(claim.job_id, "checks")
+    done = workplace.store.read_checks(claim.job_id)
     for shard in reversed(shards):
         results = [ShardResult.from_dict(result) for result in shard["outputs"]]
         index, file = results[0].index, plans[0].shards[results[0].index].file
         if index in done or not any(result.final for result in results) or not source.has(file):
             continue
-        with source.lend(file, look):  # between two tensors, too
-            held = [_held(workplace, claim.job_id, source, *made, look) for made in zip(plans, results, strict=True)]
-        workplace.store.write_note(claim.job_id, "checks", index, held)
+        held: list[dict[str, Any] | None] = [None] * len(plans)
+        try:
+            with source.lend(file, look):  # between two tensors, too
+                held = [
+                    _held(workplace, claim.job_id, source, *made, look) for made in zip(plans, results, strict=True)
+                ]
+        except VerificationError as error:  # for the last unit to find, and to say
+            logger.warning("A shard is not what was solved.", action="shard_damaged", index=index, reason=str(error))
+        workplace.store.write_check(claim.job_id, index, held)
         if all(held) and not claim.source.get("keep", True):
             source.drop(file)
         return True

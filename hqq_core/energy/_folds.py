@@ -74,8 +74,7 @@ def fold(
     with stoppable(), ExitStack() as files, single_threaded():
         readers = [files.enter_context(checkpoint.shard(name)) for name in checkpoint.files]
         weights = Weights(readers, checkpoint.config, progress)
-        all_makes = [*_behind_norms(weights), *_behind_rows(weights)]
-        makes = [make for make in all_makes if names is None or not set(make[0]).isdisjoint(names)]
+        makes = [*_behind_norms(weights, names), *_behind_rows(weights, names)]
         # file by file: where weights come from afar and not all can be near, each is then fetched once
         for i, (_, make) in sorted(enumerate(makes), key=lambda numbered: weights.place_of(numbered[1][0][0])):
             try:
@@ -87,7 +86,7 @@ def fold(
     return tuple(found[i] for i in sorted(found))
 
 
-def _behind_norms(weights: Weights) -> Iterator[Make]:
+def _behind_norms(weights: Weights, wanted: Collection[str] | None) -> Iterator[Make]:
     """One fold for each norm that feeds linears of its own layer and nothing else."""
     fed: dict[str, list[str]] = defaultdict(list)
     norms: dict[str, Norm] = {}
@@ -102,8 +101,10 @@ def _behind_norms(weights: Weights) -> Iterator[Make]:
             fed[norm] += names
             norms[norm] = feed.norm
     for norm, names in fed.items():
+        concerned = (*names, f"{norm}.weight", f"{norm}.bias")
+        if wanted is not None and set(concerned).isdisjoint(wanted):
+            continue
         if all(_is_matrix(name, weights) for name in names) and not _strangers(names, known, weights):
-            concerned = (*names, f"{norm}.weight", f"{norm}.bias")
             yield concerned, partial(_behind_norm, norm, norms[norm].offset, names, weights)
 
 
@@ -127,7 +128,7 @@ def _behind_norm(norm: str, offset: float, names: list[str], weights: Weights) -
     return Fold(dict.fromkeys(names, factors), {}, values)
 
 
-def _behind_rows(weights: Weights) -> Iterator[Make]:
+def _behind_rows(weights: Weights, wanted: Collection[str] | None) -> Iterator[Make]:
     """One fold for each weight whose inputs are, one by one, a multiple of the outputs of another."""
     relu = _is_relu(weights.config)
     for feed in feeds(weights.config):
@@ -136,8 +137,10 @@ def _behind_rows(weights: Weights) -> Iterator[Make]:
             continue
         for place, names in places(feed, weights.names):
             before = place.find(rows.module, weights.names)
+            concerned = (names[0], f"{before}.weight", f"{before}.bias")
+            if wanted is not None and set(concerned).isdisjoint(wanted):
+                continue
             if len(names) == 1 and all(_is_matrix(name, weights) for name in (*names, f"{before}.weight")):
-                concerned = (names[0], f"{before}.weight", f"{before}.bias")
                 yield concerned, partial(_behind, rows, place, feed, names[0], weights)
 
 

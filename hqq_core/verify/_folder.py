@@ -134,7 +134,7 @@ def _result(folder: Path, files: dict[str, Path]) -> Result:
 
 def _sound(held: Sequence[HeldPart], files: dict[str, Path], work: Work) -> list[HeldPart]:
     """Those whose files have not changed."""
-    named = [file for part in held for file in part.files if file.name in files]
+    named = list(dict.fromkeys(file for part in held for file in part.files if file.name in files))
     digests = work.run([functools.partial(_sha256, files[file.name]) for file in named])
     same = {file for file, digest in zip(named, digests, strict=True) if digest == file.sha256}
     return [part for part in held if same.issuperset(part.files)]

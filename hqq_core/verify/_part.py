@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hqq_core.checkpoint import FOLDING, Checkpoint
-from hqq_core.results import HeldPart, ShardResult
+from hqq_core.results import ArtifactFile, HeldPart, ShardResult
+from hqq_core.safetensors_file import sha256_file
 from hqq_core.verify._expected import Expected, path_in
 from hqq_core.verify._result import SafetensorsResult, tensor_checks
 from hqq_core.verify._source import Source
@@ -46,7 +47,7 @@ def verify_part(
     Returns
     -------
     HeldPart
-        What `verify_folder` takes for done, as long as the files are those of `result`.
+        What `verify_folder` takes for done, as long as the files are those of `result` and the factors of folds the same.
 
     Raises
     ------
@@ -56,13 +57,17 @@ def verify_part(
     assert result.final, "files that will become others"
     expected = [Expected.of(tensor) for tensor in report]
     written = SafetensorsResult.of_files([path_in(folder, file.name) for file in result.files], config)
-    factors = folder / FOLDING
-    against = Source.of(source, factors if factors.is_file() else None)
+    factors = folder / FOLDING if any({"columns", "rows"} & set(tensor.folded) for tensor in expected) else None
+    against = Source.of(source, factors)
     checks = tensor_checks(expected, written, against)
     deviations = Work(threads or os.cpu_count() or 1, progress).run(checks)
     return HeldPart(
         index=result.index,
-        files=result.files,
+        files=result.files if factors is None else (*result.files, _described(factors)),
         tensors=tuple(tensor.name for tensor in expected),
         error_deviation=max((d for d in deviations if d is not None), default=None),
     )
+
+
+def _described(path: Path) -> ArtifactFile:
+    return ArtifactFile(path.name, path.stat().st_size, sha256_file(path))

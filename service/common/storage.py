@@ -5,8 +5,8 @@ plan.profiled.json      the same with input energies: the profile unit's, where 
 energies.safetensors    the profile unit's too, until the shards are done
 source/                 of a source at a Hub, all but the data of its weight files, until the job's end
 snapshot.json           which repo, commit and files that is
-solved/                 which shards were solved while others were measured, until the job's end
-checks/                 which shards' results were held against their source already, until the job's end
+solved/                 shards that were solved before their turn, each under the hash of its problem, until the job's end
+checks/                 which shards' results were held against their source already, until then
 output/                 the result, of several recipes a folder each
 """
 
@@ -15,12 +15,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from hqq_core.errors import StorageFullError
 from service.common.models import JOB_ID
 
-Note = Literal["solved", "checks"]
+CHECKS_VERSION = 1
 
 
 class ArtifactStore:
@@ -34,7 +34,8 @@ class ArtifactStore:
         folder = self.folder(job_id)
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.output(job_id).mkdir(mode=0o700, exist_ok=True)
+        for part in (self.output(job_id), self.solved(job_id), self._checks(job_id)):
+            part.mkdir(mode=0o700, exist_ok=True)
         return folder
 
     def folder(self, job_id: str) -> Path:
@@ -62,26 +63,23 @@ class ArtifactStore:
         """Where the job's input energies are kept until its last shard is done."""
         return self.folder(job_id) / "energies.safetensors"
 
-    def write_note(self, job_id: str, kind: Note, index: int, note: Any) -> None:
-        """What was found out of a shard ahead of its time; FileNotFoundError where the job is gone."""
-        folder = self.folder(job_id) / kind
-        folder.mkdir(mode=0o700, exist_ok=True)
-        _write_json(folder / f"{index}.json", note)
+    def solved(self, job_id: str) -> Path:
+        """Where shards are that were solved before their turn."""
+        return self.folder(job_id) / "solved"
 
-    def read_note(self, job_id: str, kind: Note, index: int) -> Any:
-        """None where there is none."""
-        try:
-            return json.loads((self.folder(job_id) / kind / f"{index}.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+    def write_check(self, job_id: str, index: int, parts: list[dict[str, Any] | None]) -> None:
+        """What each plan's part of a shard was found to be, or None; FileNotFoundError where nobody waits for it any more."""
+        _write_json(self._checks(job_id) / f"{index}.json", {"version": CHECKS_VERSION, "parts": parts})
 
-    def noted(self, job_id: str, kind: Note) -> list[int]:
-        """Shards of which there is such a note."""
-        return sorted(int(path.stem) for path in (self.folder(job_id) / kind).glob("[0-9]*.json"))
+    def read_checks(self, job_id: str) -> dict[int, list[dict[str, Any] | None]]:
+        """By shard; what another version wrote is none."""
+        found = {int(path.stem): json.loads(path.read_bytes()) for path in self._checks(job_id).glob("[0-9]*.json")}
+        return {index: check["parts"] for index, check in sorted(found.items()) if check["version"] == CHECKS_VERSION}
 
-    def remove_notes(self, job_id: str) -> None:
-        for kind in get_args(Note):
-            shutil.rmtree(self.folder(job_id) / kind, ignore_errors=True)
+    def remove_ahead(self, job_id: str) -> None:
+        """What was solved and found out before its time."""
+        for folder in (self.solved(job_id), self._checks(job_id)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_plan(self, job_id: str, plan: dict[str, Any], *, profiled: bool = False) -> None:
         """Whole or not at all; each unit has a file of its own, so one that wakes late undoes nobody's work."""
@@ -90,6 +88,9 @@ class ArtifactStore:
     def read_plan(self, job_id: str, *, profiled: bool = False) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(self._plan(job_id, profiled).read_text(encoding="utf-8"))
         return plan
+
+    def _checks(self, job_id: str) -> Path:
+        return self.folder(job_id) / "checks"
 
     def _plan(self, job_id: str, profiled: bool) -> Path:
         return self.folder(job_id) / ("plan.profiled.json" if profiled else "plan.json")

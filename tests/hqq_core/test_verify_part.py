@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hqq_core import Checkpoint, Recipe, build_plan
-from hqq_core.checkpoint import REPORT
+from hqq_core.checkpoint import FOLDING, REPORT
 from hqq_core.convert import describe_part, finish_checkpoint, quantize_shard, write_folding
 from hqq_core.energy import profile
 from hqq_core.errors import VerificationError
@@ -57,13 +57,13 @@ def steps(tmp_path: Path) -> Steps:
 
 
 def change(path: Path, tensor: str) -> None:
-    """Another last bit of the first stored tensor of this name."""
+    """Another last byte of the first stored tensor of this name."""
     with path.open("r+b") as file:
         entry = next(
             e for e in read_header(file.fileno(), path.name).values() if e.name.startswith(tensor) and e.nbytes > 64
         )
         (byte,) = os.pread(file.fileno(), 1, entry.end - 1)
-        os.pwrite(file.fileno(), bytes([byte ^ 1]), entry.end - 1)
+        os.pwrite(file.fileno(), bytes([byte ^ 3]), entry.end - 1)
 
 
 @pytest.mark.parametrize("recipe", SAFETENSORS.values(), ids=SAFETENSORS)
@@ -95,6 +95,15 @@ def test_bit_that_changed_after_its_part_was_verified(steps: Steps, held: tuple[
     steps.finish()
     change(steps.output / steps.results[0].files[0].name, Q.removesuffix("weight"))
     with pytest.raises(VerificationError, match=f"{Q}: digest"):
+        verify_folder(steps.output, steps.checkpoint, held=parts)
+
+
+def test_factors_that_changed_after_their_parts_were_verified(tmp_path: Path) -> None:
+    steps = Steps(Recipe(energy="analytic"), tmp_path)
+    parts = steps.parts()
+    change(steps.output / FOLDING, "")
+    steps.finish()
+    with pytest.raises(VerificationError, match="in the source"):
         verify_folder(steps.output, steps.checkpoint, held=parts)
 
 

@@ -30,7 +30,7 @@ def going_ahead(workplace: Workplace, claim: Claim) -> AbstractContextManager[No
 def send_next(workplace: Workplace, claim: Claim, look: Callable[[], None]) -> bool:
     """Send at once all files that are final and that this process has not tried; whether there were any."""
     shards = written_shards(workplace, claim.job_id)
-    files = files_of(workplace.store.output(claim.job_id), final_files(claim, shards))
+    files = [file for folder, shard in shards for file in files_of(folder, final_files(claim, [shard]))]
     waiting = [file for file in files if (claim.job_id, file.name) not in workplace.sent]
     if not waiting:
         return False

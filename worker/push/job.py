@@ -22,6 +22,7 @@ logger = structlog.get_logger(__name__)
 def push_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:
     """Publish the result, or find that an earlier start has."""
     workplace.sender.settle(claim.job_id, heartbeat.look)  # what it has in work would be sent twice
+    workplace.store.remove_ahead(claim.job_id)
     with workplace.database.read() as session:
         result = repository.get_job(session, claim.job_id).result
     if result is None:

@@ -1,6 +1,7 @@
 """What tests of jobs on a repo ask."""
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -49,6 +50,12 @@ def left_over(workplace: Workplace) -> list[str]:
     partial = workplace.cache.folder.rglob("*.partial")
     jobs = (path for path in workplace.store.root.glob("*/*") if path.name not in ("output", "plan.json"))
     return [path.name for path in (*partial, *jobs) if path.name != "plan.profiled.json"]
+
+
+def solved(workplace: Workplace, job_id: str) -> list[int]:
+    """Shards that are solved, before their turn or after."""
+    notes = workplace.store.solved(job_id).glob("*/solved.json")
+    return sorted(json.loads(note.read_bytes())["outputs"][0]["index"] for note in notes)
 
 
 def shard_keys(source: Path) -> set[str]:

@@ -1,5 +1,7 @@
 """Shards of a source at a Hub are solved while others are still measured; nothing but time depends on it."""
 
+import threading
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from hqq_core.convert import quantize_checkpoint
 from hqq_core.energy import Energies
 from hqq_core.recipe import Recipe
 from service.common.models import Job
+from service.common.settings import Settings
 from service.common.status import JobStatus, UnitKind
 from tests.fakehub.server import FakeHub
 from tests.worker.conftest import RECIPE, Foreman
-from tests.worker.of_hub.jobs import N_SHARDS, converted, downloads, eventually, left_over, of_repo, result
+from tests.worker.of_hub.jobs import N_SHARDS, converted, downloads, eventually, left_over, of_repo, result, solved
 from worker import ahead, energies
 from worker.workplace import Workplace
 
@@ -30,12 +33,9 @@ def patient_profile(monkeypatch: pytest.MonkeyPatch, workplace: Workplace) -> No
     def wait(checkpoint: Checkpoint, *arguments: Any, passed: Any = None, **options: Any) -> Energies:
         def then_wait(index: int, measured: Energies) -> None:
             passed(index, measured)
-            eventually(lambda: sum(len(solved(job)) for job in workplace.store.job_ids()) > index)
+            eventually(lambda: any(index in solved(workplace, job_id) for job_id in workplace.store.job_ids()))
 
         return profile(checkpoint, *arguments, passed=passed and then_wait, **options)
-
-    def solved(job_id: str) -> list[int]:
-        return workplace.store.noted(job_id, "solved")
 
     monkeypatch.setattr(energies, "profile", wait)
 
@@ -62,6 +62,21 @@ def profiled(foreman: Foreman, workplace: Workplace, *recipes: Recipe, **more: A
     return job
 
 
+def uneven_energies(obtain: Callable[..., Any], indices: Container[int]) -> Callable[..., Any]:
+    """`energies.obtain`, but what it tells of some shards is not what there will be."""
+
+    def otherwise(*arguments: Any) -> Any:
+        passed = arguments[-1]
+
+        def uneven(index: int, measured: Energies) -> None:
+            vectors = {name: vector * torch.arange(1, len(vector) + 1) for name, vector in measured.vectors.items()}
+            passed(index, replace(measured, vectors=vectors) if index in indices else measured)
+
+        return obtain(*arguments[:-1], uneven)
+
+    return otherwise
+
+
 RECIPES = [(RECIPE,), (Recipe(format="mlx"), Recipe(format="hqq", nbits=3, fold=False))]
 
 
@@ -72,7 +87,7 @@ def test_all_but_the_last_are_solved_while_others_are_measured(
     recipes: tuple[Recipe, ...],
 ) -> None:  # fmt: skip
     job = profiled(foreman, workplace, *recipes)
-    assert solves == workplace.store.noted(job.id, "solved") == list(range(N_SHARDS - 1))
+    assert solves == solved(workplace, job.id) == list(range(N_SHARDS - 1))
     foreman.run_all()
     assert solves == list(range(N_SHARDS)), "none of them again"
     quantize_checkpoint(source, tmp_path / "direct", *recipes, threads=1)
@@ -87,20 +102,9 @@ def test_energies_that_were_not_final(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """As of a weight that is used once more later in the pass."""
-    obtain = energies.obtain
-
-    def otherwise(*arguments: Any) -> Any:
-        passed = arguments[-1]
-
-        def uneven(index: int, measured: Energies) -> None:
-            vectors = {name: vector * torch.arange(1, len(vector) + 1) for name, vector in measured.vectors.items()}
-            passed(index, replace(measured, vectors=vectors) if index == 1 else measured)
-
-        return obtain(*arguments[:-1], uneven)
-
-    monkeypatch.setattr(energies, "obtain", otherwise)
+    monkeypatch.setattr(energies, "obtain", uneven_energies(energies.obtain, [1]))
     job = profiled(foreman, workplace)
-    assert workplace.store.noted(job.id, "solved") == [0, 1, 2]
+    assert solved(workplace, job.id) == [0, 1, 2]
     foreman.run_all()
     assert solves == [0, 1, 2, 1, 3]
     quantize_checkpoint(source, tmp_path / "direct", RECIPE, threads=1)
@@ -110,7 +114,7 @@ def test_energies_that_were_not_final(
 @pytest.mark.usefixtures("patient_profile")
 def test_files_that_are_gone_are_made_again(foreman: Foreman, workplace: Workplace, solves: list[int]) -> None:
     job = profiled(foreman, workplace)
-    next(workplace.store.output(job.id).glob("model-00002-*")).unlink()
+    next(workplace.store.solved(job.id).glob("*/model-00002-*")).unlink()
     foreman.run_all()
     assert solves == [0, 1, 2, 1, 3]
     assert result(foreman, job)
@@ -137,7 +141,7 @@ def test_failed_guess_is_nobodys_business(
 
     monkeypatch.setattr(ahead, "fold", fail)
     job = profiled(foreman, workplace)
-    assert workplace.store.noted(job.id, "solved") == []
+    assert solved(workplace, job.id) == []
     foreman.run_all()
     assert result(foreman, job)
 
@@ -145,14 +149,14 @@ def test_failed_guess_is_nobodys_business(
 @pytest.mark.parametrize("recipe", [Recipe(preset="best"), Recipe(energy="analytic")], ids=["correlated", "analytic"])
 def test_what_is_known_only_at_the_end_waits_for_it(foreman: Foreman, workplace: Workplace, recipe: Recipe) -> None:
     job = profiled(foreman, workplace, recipe)
-    assert workplace.store.noted(job.id, "solved") == []
+    assert solved(workplace, job.id) == []
 
 
 def test_folder_that_may_change_is_not_solved_ahead(foreman: Foreman, workplace: Workplace, source: Path) -> None:
     job = foreman.submit(source)
     foreman.run_up_to(UnitKind.SHARD)
     workplace.solver.settle(job.id, lambda: None)
-    assert workplace.store.noted(job.id, "solved") == []
+    assert solved(workplace, job.id) == []
 
 
 @pytest.mark.usefixtures("patient_profile")
@@ -171,3 +175,86 @@ def test_cancel_while_a_shard_is_solved_ahead(
     foreman.run_next()
     assert foreman.get(job).status == JobStatus.CANCELLED
     assert not workplace.store.folder(job.id).exists()
+
+
+class Held:
+    """A function that waits to be let go."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.at, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.at.set()
+        assert self.go.wait(60)
+        return self._function(*arguments, **options)
+
+
+@pytest.fixture
+def held_fold(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """A guess that takes long: the folds wait for a neighbour's download."""
+    held = Held(ahead.fold)
+    monkeypatch.setattr(ahead, "fold", held)
+    profile = energies.profile
+
+    def wait(*arguments: Any, passed: Any, **options: Any) -> Energies:
+        def then_wait(index: int, measured: Energies) -> None:
+            passed(index, measured)
+            assert held.at.wait(30)
+
+        return profile(*arguments, passed=then_wait, **options)
+
+    monkeypatch.setattr(energies, "profile", wait)
+    return held
+
+
+def test_no_shard_waits_while_a_guess_is_in_work(foreman: Foreman, workplace: Workplace, held_fold: Held) -> None:
+    job = foreman.submit(of_repo())
+    foreman.run_up_to(UnitKind.PROFILE)
+    unit = threading.Thread(target=foreman.run_next)
+    unit.start()
+    eventually(workplace.store.energies(job.id).is_file)
+    unit.join(1)
+    assert foreman.units() == []
+    held_fold.go.set()
+    unit.join()
+    assert {unit.kind for unit in foreman.units()} == {UnitKind.SHARD}
+
+
+def test_wrong_guess_of_a_worker_that_was_given_up_harms_nobody(
+    foreman: Foreman, workplace: Workplace, settings: Settings, held_fold: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker has all of its job done before the guess is written."""
+    monkeypatch.setattr(workplace.solver, "settle", lambda job_id, look: None)
+    monkeypatch.setattr(energies, "obtain", uneven_energies(energies.obtain, range(N_SHARDS)))
+    job = foreman.submit(of_repo(), max_attempts=1)
+    foreman.run_up_to(UnitKind.SHARD)
+    other = Foreman(Workplace.open(settings))
+    other.run_all()
+    made = result(other, job)
+    held_fold.go.set()
+    workplace.solver.stop()
+    assert result(other, job) == made
+    assert left_over(workplace) == []
+    other.workplace.close()
+
+
+def fail_to_save(*arguments: Any) -> None:
+    raise RuntimeError("the disk is tired")
+
+
+@pytest.mark.usefixtures("patient_profile")
+def test_profile_that_starts_again_solves_nothing_again(
+    foreman: Foreman, workplace: Workplace, solves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(Energies, "save", fail_to_save)
+        job = foreman.submit(of_repo())
+        foreman.run_up_to(UnitKind.PROFILE)
+        foreman.run_next()
+        assert foreman.get(job).status == JobStatus.RUNNING
+        assert solves == [0, 1, 2]
+    eventually(foreman.units)
+    foreman.run_all()
+    assert result(foreman, job)
+    assert solves == [0, 1, 2, 3]

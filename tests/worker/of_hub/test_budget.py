@@ -21,12 +21,13 @@ from worker.workplace import Workplace
 
 
 def used_nbytes(folder: Path) -> int:
-    """What is on the disk: files with holes count for what they hold."""
-    found = 0
+    """What is on the disk: files with holes count for what they hold, those with two names once."""
+    found = {}
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
-            found += path.stat().st_blocks * 512
-    return found
+            status = path.stat()
+            found[status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
 
 
 class Watch(threading.Thread):

@@ -1,6 +1,7 @@
 """Shards of a pinned source are verified soon after they are written, and nothing passes for that."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import pytest
 
 from hqq_core import convert
 from hqq_core.recipe import Recipe
+from hqq_core.results import HeldPart
 from hqq_core.safetensors_file import read_header
 from service.common.models import Job
+from service.common.settings import Settings
 from service.common.status import JobStatus, UnitKind
 from tests.checkpoints import VOCABULARY, save_llama
 from tests.fakehub.server import FakeHub
 from tests.vocabularies import save_tokenizer
 from tests.worker.conftest import Foreman
 from tests.worker.of_hub.jobs import N_SHARDS, downloads, eventually, left_over, of_repo, result, sources
+from worker import verification
 from worker.workplace import Workplace
 
 PLAIN = Recipe(format="hqq", energy="none")
@@ -26,7 +30,7 @@ FIRST = "model-00001-of-00004.safetensors"
 def checked(workplace: Workplace, job: Job) -> set[int]:
     """Shards of which a check is written down, when none is in work."""
     workplace.checker.settle(job.id, lambda: None)
-    return set(workplace.store.noted(job.id, "checks"))
+    return set(workplace.store.read_checks(job.id))
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def slow_solver(monkeypatch: pytest.MonkeyPatch, workplace: Workplace) -> None:
     def wait_for_checks(*arguments: Any, **options: Any) -> Any:
         solved = solve(*arguments, **options)
         job_id = arguments[3].parent.name
-        eventually(lambda: len(workplace.store.noted(job_id, "checks")) == arguments[2])
+        eventually(lambda: len(workplace.store.read_checks(job_id)) == arguments[2])
         return solved
 
     monkeypatch.setattr(convert, "quantize_shard", wait_for_checks)
@@ -104,7 +108,8 @@ def test_what_is_wrong_early_is_said_at_the_end(foreman: Foreman, workplace: Wor
     foreman.run_next()
     damage(workplace.store.output(job.id) / FIRST, "model.layers.0.self_attn.q_proj.")
     foreman.run_up_to(UnitKind.FINISH)
-    assert 0 not in checked(workplace, job)
+    assert 0 in checked(workplace, job)
+    assert workplace.store.read_checks(job.id)[0] == [None]
     foreman.run_all()
     error = foreman.get(job).error
     assert error is not None
@@ -122,8 +127,33 @@ def test_parts_that_will_be_joined_are_verified_when_they_are(
     foreman.run_up_to(UnitKind.FINISH)
     assert checked(workplace, job) == set(range(N_SHARDS - 1))
     for index in checked(workplace, job):
-        parts = workplace.store.read_note(job.id, "checks", index)
+        parts = workplace.store.read_checks(job.id)[index]
         assert [part is None for part in parts] == [True, False]
     foreman.run_all()
     assert foreman.get(job).status == JobStatus.SUCCEEDED
     assert left_over(workplace) == []
+
+
+def test_check_that_comes_late_leaves_nothing(
+    foreman: Foreman, workplace: Workplace, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, go = threading.Event(), threading.Event()
+    verify = verification.verify_part
+
+    def wait(*arguments: Any, **options: Any) -> HeldPart:
+        held = verify(*arguments, **options)
+        at.set()
+        assert go.wait(60)
+        return held
+
+    monkeypatch.setattr(verification, "verify_part", wait)
+    job = foreman.submit(of_repo(), PLAIN)
+    foreman.run_up_to(UnitKind.FINISH)
+    assert at.wait(30)
+    other = Foreman(Workplace.open(settings))
+    other.run_all()
+    assert result(other, job)
+    go.set()
+    workplace.checker.settle(job.id, lambda: None)
+    assert left_over(workplace) == []
+    other.workplace.close()
