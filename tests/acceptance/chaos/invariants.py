@@ -12,7 +12,7 @@ from hqq_core.safetensors_file import sha256_file
 from service.common.status import TERMINAL
 from tests.acceptance.chaos.draws import FINAL
 from tests.acceptance.chaos.run import Chaos, landed
-from tests.acceptance.chaos.subjects import THEIRS, Subject
+from tests.acceptance.chaos.subjects import EARLIER, THEIRS, Subject
 from tests.fakehub.state import GIT_ATTRIBUTES
 
 EXPLAINS = {  # what a job may say that met an answer which is final
@@ -85,6 +85,8 @@ def _check_commit(chaos: Chaos, subject: Subject, job: dict[str, Any]) -> Iterat
         wanted["README.md"] = there.get("README.md", "missing")  # of several results, made for the upload
     if subject.draw.target in ("pull request", "overwrite"):
         wanted |= {name: hashlib.sha256(content).hexdigest() for name, content in THEIRS.items()}
+    if subject.draw.target == "overwrite" and subject.draw.several:  # in folders of their own: the earlier result stays
+        wanted |= {name: hashlib.sha256(content).hexdigest() for name, content in EARLIER.items()}
     if there != wanted:
         yield f"its commit differs from its result in {_difference(there, wanted)}"
 
