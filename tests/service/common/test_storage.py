@@ -29,7 +29,24 @@ def test_plan_round_trip(store, job_id):
     assert store.read_plan(job_id) == {"shards": [1, 2]}
     store.write_plan(job_id, {"shards": [3]}, profiled=True)
     assert (store.read_plan(job_id), store.read_plan(job_id, profiled=True)) == ({"shards": [1, 2]}, {"shards": [3]})
-    assert sorted(path.name for path in store.folder(job_id).iterdir()) == ["output", "plan.json", "plan.profiled.json"]
+    assert sorted(path.name for path in store.folder(job_id).iterdir() if path.is_file()) == [
+        "plan.json",
+        "plan.profiled.json",
+    ]
+
+
+def test_checks_are_there_until_nobody_waits_for_them(store, job_id):
+    store.create(job_id)
+    assert store.read_checks(job_id) == {}
+    store.write_check(job_id, 10, [{"index": 10}, None])
+    store.write_check(job_id, 2, [None, None])
+    assert list(store.read_checks(job_id).items()) == [(2, [None, None]), (10, [{"index": 10}, None])]
+    (store.folder(job_id) / "checks" / "3.json").write_text('{"version": 0, "found": []}')
+    assert list(store.read_checks(job_id)) == [2, 10]
+    store.remove_ahead(job_id)
+    assert store.read_checks(job_id) == {}
+    with pytest.raises(FileNotFoundError):
+        store.write_check(job_id, 1, [None])
 
 
 def test_removed_job_is_gone(store, job_id):
