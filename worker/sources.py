@@ -106,6 +106,8 @@ def _upcoming(
     def following() -> Sequence[str]:
         return files[files.index(reading.at) :] if reading.at else ()
 
+    if claim.kind == UnitKind.FINISH:  # it reads what was not verified before, here and there
+        return lambda: ()
     return unclaimed if claim.kind == UnitKind.SHARD else following
 
 
