@@ -13,7 +13,7 @@ from hqq_core.energy import Energies
 from hqq_core.errors import VerificationError
 from hqq_core.plan import Plan
 from hqq_core.results import ArtifactFile
-from hqq_core.safetensors_file import build_header, sha256_file, write_file
+from hqq_core.safetensors_file import artifact_of, build_header, write_file
 from hqq_core.weighting import Weighting
 
 
@@ -50,4 +50,4 @@ def folding_files(plan: Plan, folder: Path) -> list[ArtifactFile]:
     path = folder / FOLDING
     if not path.is_file():
         raise VerificationError(FOLDING, "written before, but gone")
-    return [ArtifactFile(FOLDING, path.stat().st_size, sha256_file(path))]
+    return [artifact_of(path)]

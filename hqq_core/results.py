@@ -19,6 +19,11 @@ class ArtifactFile:
     nbytes: int
     sha256: str
 
+    @property
+    def final(self) -> bool:
+        """Whether a shard's file is what readers look for: those of a format in one file are joined at the end."""
+        return self.name.endswith(".safetensors")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
@@ -60,8 +65,8 @@ class ShardResult:
 
     @property
     def final(self) -> bool:
-        """Whether its files are what readers look for: those of a format in one file are joined at the end."""
-        return all(file.name.endswith(".safetensors") for file in self.files)
+        """Whether all its files are."""
+        return all(file.final for file in self.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from hqq_core.errors import CheckpointError, StorageFullError
+from hqq_core.results import ArtifactFile
 from hqq_core.source_files import MAX_HEADER_NBYTES
 
 MAX_NAME_LENGTH = 1024
@@ -332,6 +333,11 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, s
         temporary.unlink(missing_ok=True)
         raise
     return nbytes, digest.hexdigest()
+
+
+def artifact_of(path: Path) -> ArtifactFile:
+    """A file that is there, read for its hash."""
+    return ArtifactFile(path.name, path.stat().st_size, sha256_file(path))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> tuple[int, str]:

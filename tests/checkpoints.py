@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hqq_core.checkpoint import MANIFEST
+from hqq_core.safetensors_file import read_header
 
 HIDDEN, FEED_FORWARD, VOCABULARY = 64, 192, 320
 
@@ -84,3 +86,12 @@ def jobless_bytes(folder: Path) -> dict[str, bytes]:
         name: re.sub(rb'"job_id": *"[^"]*"', b'"job_id": null', content) if name.endswith(MANIFEST) else content
         for name, content in folder_bytes(folder).items()
     }
+
+
+def damage(path: Path, tensor: str) -> None:
+    """Change the last byte of the first of a file's larger tensors whose name begins so."""
+    with path.open("r+b") as file:
+        entries = read_header(file.fileno(), path.name).values()
+        entry = next(entry for entry in entries if entry.name.startswith(tensor) and entry.nbytes > 64)
+        (byte,) = os.pread(file.fileno(), 1, entry.end - 1)
+        os.pwrite(file.fileno(), bytes([byte ^ 3]), entry.end - 1)

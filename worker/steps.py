@@ -22,8 +22,8 @@ from hqq_core.energy import Energies
 from hqq_core.errors import Cancelled, CheckpointError, EnergyError, StorageFullError, VerificationError
 from hqq_core.plan import Plan, build_plans
 from hqq_core.recipe import Recipe
-from hqq_core.results import ArtifactFile, HeldPart, Manifest, ShardResult
-from hqq_core.safetensors_file import sha256_file
+from hqq_core.results import HeldPart, Manifest, ShardResult
+from hqq_core.safetensors_file import artifact_of
 from hqq_core.weighting import Weighting
 from service.common import outbox, repository
 from service.common.errors import LeaseLost, ResultDamaged, ServiceError, Unavailable, describe, is_final
@@ -253,7 +253,7 @@ def _finish(
 def _artifacts(plan: Plan, manifest: Manifest, output: Path) -> list[dict[str, Any]]:
     """Every file of a folder, under its name in the job's."""
     path = output / plan.folder / MANIFEST
-    last = ArtifactFile(path.name, path.stat().st_size, sha256_file(path))
+    last = artifact_of(path)
     prefix = f"{plan.folder}/" if plan.folder else ""
     return [{**asdict(file), "name": prefix + file.name} for file in (*manifest.files, last)]
 

@@ -65,15 +65,16 @@ def verification(
 
 
 def _check_next(workplace: Workplace, claim: Claim, source: HubSource, plans: Sequence[Plan], look: Look) -> bool:
-    """Verify the newest shard that is final and not verified, and whose source is still here; whether there was one."""
+    """Verify the newest shard that was not looked at, and whose source is still here; whether there was one."""
     with workplace.database.read() as session:
         shards = repository.shard_results(session, claim.job_id)
     done = workplace.store.read_checks(claim.job_id)
     for shard in reversed(shards):
-        results = [ShardResult.from_dict(result) for result in shard["outputs"]]
-        index, file = results[0].index, plans[0].shards[results[0].index].file
-        if index in done or not any(result.final for result in results) or not source.has(file):
+        index = shard["outputs"][0]["index"]
+        file = plans[0].shards[index].file
+        if index in done or not source.has(file):
             continue
+        results = [ShardResult.from_dict(result) for result in shard["outputs"]]
         held: list[dict[str, Any] | None] = [None] * len(plans)
         try:
             with source.lend(file, look):  # between two tensors, too

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hqq_core.checkpoint import FOLDING, Checkpoint
-from hqq_core.results import ArtifactFile, HeldPart, ShardResult
-from hqq_core.safetensors_file import sha256_file
+from hqq_core.results import HeldPart, ShardResult
+from hqq_core.safetensors_file import artifact_of
 from hqq_core.verify._expected import Expected, path_in
 from hqq_core.verify._result import SafetensorsResult, tensor_checks
 from hqq_core.verify._source import Source
@@ -63,11 +63,7 @@ def verify_part(
     deviations = Work(threads or os.cpu_count() or 1, progress).run(checks)
     return HeldPart(
         index=result.index,
-        files=result.files if factors is None else (*result.files, _described(factors)),
+        files=result.files if factors is None else (*result.files, artifact_of(factors)),
         tensors=tuple(tensor.name for tensor in expected),
         error_deviation=max((d for d in deviations if d is not None), default=None),
     )
-
-
-def _described(path: Path) -> ArtifactFile:
-    return ArtifactFile(path.name, path.stat().st_size, sha256_file(path))

@@ -116,7 +116,7 @@ class ArtifactStore:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Durably, whole or not at all."""
+    """Durably, whole or not at all; hqq_core's own way would load torch here."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file)

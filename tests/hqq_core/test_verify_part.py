@@ -1,6 +1,5 @@
 """verify_part: what holds of a folder holds of its parts, and a folder of verified parts is judged as if none had been."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from hqq_core.convert import describe_part, finish_checkpoint, quantize_shard, w
 from hqq_core.energy import profile
 from hqq_core.errors import VerificationError
 from hqq_core.results import HeldPart
-from hqq_core.safetensors_file import read_header
 from hqq_core.verify import verify_folder, verify_part
-from tests.checkpoints import llama_config, llama_tensors, save_checkpoint
+from tests.checkpoints import damage, llama_config, llama_tensors, save_checkpoint
 from tests.hqq_core.test_verify import RECIPES
 
 N_SHARDS = 3
@@ -56,16 +54,6 @@ def steps(tmp_path: Path) -> Steps:
     return Steps(Recipe(format="hqq", fold=False, energy="none"), tmp_path)
 
 
-def change(path: Path, tensor: str) -> None:
-    """Another last byte of the first stored tensor of this name."""
-    with path.open("r+b") as file:
-        entry = next(
-            e for e in read_header(file.fileno(), path.name).values() if e.name.startswith(tensor) and e.nbytes > 64
-        )
-        (byte,) = os.pread(file.fileno(), 1, entry.end - 1)
-        os.pwrite(file.fileno(), bytes([byte ^ 3]), entry.end - 1)
-
-
 @pytest.mark.parametrize("recipe", SAFETENSORS.values(), ids=SAFETENSORS)
 def test_folder_of_verified_parts(tmp_path: Path, recipe: Recipe) -> None:
     steps = Steps(recipe, tmp_path)
@@ -93,7 +81,7 @@ def test_verified_parts_need_no_weights_of_the_source(steps: Steps) -> None:
 def test_bit_that_changed_after_its_part_was_verified(steps: Steps, held: tuple[int, ...]) -> None:
     parts = [steps.held(index) for index in held]
     steps.finish()
-    change(steps.output / steps.results[0].files[0].name, Q.removesuffix("weight"))
+    damage(steps.output / steps.results[0].files[0].name, Q.removesuffix("weight"))
     with pytest.raises(VerificationError, match=f"{Q}: digest"):
         verify_folder(steps.output, steps.checkpoint, held=parts)
 
@@ -101,14 +89,14 @@ def test_bit_that_changed_after_its_part_was_verified(steps: Steps, held: tuple[
 def test_factors_that_changed_after_their_parts_were_verified(tmp_path: Path) -> None:
     steps = Steps(Recipe(energy="analytic"), tmp_path)
     parts = steps.parts()
-    change(steps.output / FOLDING, "")
+    damage(steps.output / FOLDING, "")
     steps.finish()
     with pytest.raises(VerificationError, match="in the source"):
         verify_folder(steps.output, steps.checkpoint, held=parts)
 
 
 def test_bit_that_changed_before(steps: Steps) -> None:
-    change(steps.output / steps.results[0].files[0].name, Q.removesuffix("weight"))
+    damage(steps.output / steps.results[0].files[0].name, Q.removesuffix("weight"))
     with pytest.raises(VerificationError, match=f"{Q}: digest"):
         steps.held(0)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hqq_core.errors import Cancelled, StorageFullError
+from tests.worker.conftest import eventually
 from worker.source_cache import Blob, SourceCache
 
 KIB = 1024
@@ -89,13 +90,6 @@ def present(folder: Path) -> list[str]:
     """Whole files that are there together: nobody makes room meanwhile."""
     with SourceCache(folder, 0)._room(carry_on):
         return [path.name for path in folder.iterdir() if "." not in path.name]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.01)
 
 
 def test_file_is_fetched_once_and_then_found(cache: SourceCache, log: Path) -> None:
@@ -234,7 +228,7 @@ def test_what_a_killed_process_left_is_found_and_its_file_fetched_again(
     cache: SourceCache, log: Path, start: Callable[..., BaseProcess]
 ) -> None:
     process = start(read_in_process, cache.folder, log, "a", 3600)
-    wait_for(lambda: any(path.stat().st_size for path in cache.folder.glob("*.partial/*")))
+    eventually(lambda: any(path.stat().st_size for path in cache.folder.glob("*.partial/*")))
     read(cache, Fetcher(log, "b"))
     assert len(files(cache)) == 2, "the partial file of a process that lives is left alone"
     assert not cache.fetch_ahead(blob("a"), Fetcher(log, "a"), carry_on, spare=()), "nor is it fetched twice"
@@ -249,7 +243,7 @@ def test_sweep_removes_what_a_killed_process_left(
     cache: SourceCache, log: Path, start: Callable[..., BaseProcess]
 ) -> None:
     process = start(read_in_process, cache.folder, log, "a", 3600)
-    wait_for(lambda: any(cache.folder.glob("*.partial/*")))
+    eventually(lambda: any(cache.folder.glob("*.partial/*")))
     cache.sweep()
     assert len(files(cache)) == 1
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -268,7 +262,7 @@ def test_killed_reader_holds_nothing(
     cache: SourceCache, log: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
     process = start(hold_in_process, cache.folder, log, "a", tmp_path / "ready")
-    wait_for((tmp_path / "ready").exists)
+    eventually((tmp_path / "ready").exists)
     cache.drop(blob("a"))
     assert cache.has(blob("a"))
     os.kill(process.pid or 0, signal.SIGKILL)

@@ -1,7 +1,6 @@
 """A job whose result is not what was solved fails, names the tensor, and leaves nothing to download."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from hqq_core.checkpoint import MANIFEST
 from hqq_core.formats import base, hqq
 from hqq_core.recipe import Recipe
-from hqq_core.safetensors_file import read_header
 from service.common.models import Job
 from service.common.status import JobStatus, UnitKind
+from tests.checkpoints import damage
 from tests.worker.conftest import Foreman
 from worker.workplace import Workplace
 
@@ -40,11 +39,7 @@ def test_one_bit_that_changed_since_it_was_written(
 ) -> None:
     job = foreman.submit(source, recipe, max_attempts=1)
     foreman.run_up_to(UnitKind.FINISH)
-    with (workplace.store.output(job.id) / SHARD).open("r+b") as damaged:
-        entries = read_header(damaged.fileno(), SHARD).values()
-        entry = next(entry for entry in entries if entry.name.startswith(name) and entry.nbytes > 64)
-        (byte,) = os.pread(damaged.fileno(), 1, entry.end - 1)
-        os.pwrite(damaged.fileno(), bytes([byte ^ 1]), entry.end - 1)
+    damage(workplace.store.output(job.id) / SHARD, name)
     message = failed(foreman, workplace, job)
     assert message.startswith(f"what was written is not what was solved: {name}")
     assert "digest" in message

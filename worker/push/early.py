@@ -8,14 +8,13 @@ import structlog
 
 from hqq_core.outputs import output_folders
 from hqq_core.recipe import Recipe
+from hqq_core.results import ArtifactFile
 from service.common.errors import ServiceError
 from service.common.repository import Claim
 from worker.ahead import written_shards
 from worker.push.files import files_of
 from worker.push.target import push_of
 from worker.workplace import Workplace
-
-FINAL = ".safetensors"  # written once; the parts of one large file are joined at the end, and what describes others may change
 
 logger = structlog.get_logger(__name__)
 
@@ -52,5 +51,5 @@ def final_files(claim: Claim, shards: Sequence[dict[str, Any]]) -> list[dict[str
         for shard in shards
         for folder, made in zip(folders, shard["outputs"], strict=True)
         for file in made["files"]
-        if file["name"].endswith(FINAL)
+        if ArtifactFile(**file).final
     ]

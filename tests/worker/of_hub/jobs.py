@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,13 +81,6 @@ def hub_processes(fakehub: FakeHub) -> list[str]:
             if f"HF_ENDPOINT={fakehub.endpoint}".encode() in (folder / "environ").read_bytes():
                 found.append(folder.name)
     return found
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
 
 
 def work(settings: Settings, die_at: str) -> None:

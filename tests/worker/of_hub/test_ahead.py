@@ -19,21 +19,21 @@ from service.common.models import Job
 from service.common.settings import Settings
 from service.common.status import JobStatus, UnitKind
 from tests.fakehub.server import FakeHub
-from tests.worker.conftest import RECIPE, Foreman
-from tests.worker.of_hub.jobs import N_SHARDS, converted, downloads, eventually, left_over, of_repo, result, solved
+from tests.worker.conftest import RECIPE, Foreman, eventually
+from tests.worker.of_hub.jobs import N_SHARDS, converted, downloads, left_over, of_repo, result, solved
 from worker import ahead, energies
 from worker.workplace import Workplace
 
 
 @pytest.fixture
 def patient_profile(monkeypatch: pytest.MonkeyPatch, workplace: Workplace) -> None:
-    """Measuring goes on when what can be solved ahead has been."""
+    """Measuring goes on when what can be solved ahead has been, or the job is gone."""
     profile = energies.profile
 
     def wait(checkpoint: Checkpoint, *arguments: Any, passed: Any = None, **options: Any) -> Energies:
         def then_wait(index: int, measured: Energies) -> None:
             passed(index, measured)
-            eventually(lambda: any(index in solved(workplace, job_id) for job_id in workplace.store.job_ids()))
+            eventually(lambda: all(index in solved(workplace, job_id) for job_id in workplace.store.job_ids()))
 
         return profile(checkpoint, *arguments, passed=passed and then_wait, **options)
 

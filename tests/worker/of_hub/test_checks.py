@@ -1,25 +1,26 @@
 """Shards of a pinned source are verified soon after they are written, and nothing passes for that."""
 
-import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hqq_core import convert
+from hqq_core.errors import VerificationError
 from hqq_core.recipe import Recipe
-from hqq_core.results import HeldPart
-from hqq_core.safetensors_file import read_header
+from hqq_core.results import HeldPart, ShardResult
 from service.common.models import Job
 from service.common.settings import Settings
 from service.common.status import JobStatus, UnitKind
-from tests.checkpoints import VOCABULARY, save_llama
+from tests.checkpoints import VOCABULARY, damage, save_llama
 from tests.fakehub.server import FakeHub
 from tests.vocabularies import save_tokenizer
-from tests.worker.conftest import Foreman
-from tests.worker.of_hub.jobs import N_SHARDS, downloads, eventually, left_over, of_repo, result, sources
+from tests.worker.conftest import Foreman, eventually
+from tests.worker.of_hub.jobs import N_SHARDS, downloads, left_over, of_repo, result, sources
 from worker import verification
+from worker.sources import _Reading as Reading
 from worker.workplace import Workplace
 
 PLAIN = Recipe(format="hqq", energy="none")
@@ -73,15 +74,6 @@ def test_file_is_dropped_when_its_shard_is_verified(foreman: Foreman, workplace:
     foreman.run_all()
     assert result(foreman, job)
     assert sources(workplace) == {}
-
-
-def damage(path: Path, name: str) -> None:
-    """Change the last bit of what belongs to a tensor."""
-    with path.open("r+b") as file:
-        entries = read_header(file.fileno(), path.name).values()
-        entry = next(entry for entry in entries if entry.name.startswith(name) and entry.nbytes > 64)
-        (byte,) = os.pread(file.fileno(), 1, entry.end - 1)
-        os.pwrite(file.fileno(), bytes([byte ^ 1]), entry.end - 1)
 
 
 @pytest.mark.usefixtures("slow_solver")
@@ -157,3 +149,31 @@ def test_check_that_comes_late_leaves_nothing(
     workplace.checker.settle(job.id, lambda: None)
     assert left_over(workplace) == []
     other.workplace.close()
+
+
+@pytest.mark.usefixtures("slow_solver")
+def test_finish_fetches_nothing_that_was_dropped_as_verified(
+    foreman: Foreman, workplace: Workplace, fakehub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in the middle was not verified; what comes after it was, and is gone."""
+    verify = verification.verify_part
+
+    def fail(folder: Path, part: ShardResult, *arguments: Any, **options: Any) -> HeldPart:
+        if part.index == 1:
+            raise VerificationError("model.norm.weight", "not today")
+        return verify(folder, part, *arguments, **options)
+
+    def slowly(self: Any, name: str) -> Any:
+        lent = lend(self, name)
+        time.sleep(2 * workplace.settings.cancel_poll_s)  # errands look for work meanwhile
+        return lent
+
+    monkeypatch.setattr(verification, "verify_part", fail)
+    job = foreman.submit(of_repo(keep=False), PLAIN)
+    foreman.run_up_to(UnitKind.FINISH)
+    lend = Reading.lend
+    monkeypatch.setattr(Reading, "lend", slowly)
+    foreman.run_all()
+    assert result(foreman, job)
+    assert len(downloads(fakehub)) == N_SHARDS
+    assert sources(workplace) == {}

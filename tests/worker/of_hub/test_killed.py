@@ -12,12 +12,11 @@ from hqq_core.convert import quantize_checkpoint
 from hqq_core.recipe import Recipe
 from service.common.status import JobStatus, UnitKind
 from tests.fakehub.server import FakeHub
-from tests.worker.conftest import RECIPE, Foreman
+from tests.worker.conftest import RECIPE, Foreman, eventually
 from tests.worker.of_hub.jobs import (
     N_SHARDS,
     converted,
     downloads,
-    eventually,
     go_on_without,
     hub_processes,
     left_over,
