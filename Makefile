@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check fix test test-all bench interop up install
 
@@ -21,11 +22,11 @@ fix: install                 ## let ruff mend what it can
 
 test: install                ## the tests: real servers, real loaders, a real model
 	.ci/servers
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: install            ## with many more random cases
 	.ci/servers
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=ci $(PYTEST)
 
 bench: install               ## measured ratios, both sides in one run; models as a whole: tests/benchmarks/study.py (hours)
 	$(BIN)/python -m tests.benchmarks.solver

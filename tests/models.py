@@ -35,7 +35,10 @@ def cached(name: str) -> Path:
         partial = folder.with_name(f".{name}-{os.getpid()}")
         partial.mkdir(parents=True)
         subprocess.run([sys.executable, "-m", "tests.models", name, partial], check=True, cwd=Path(__file__).parents[1])
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was quicker
+            shutil.rmtree(partial)
     return folder
 
 
