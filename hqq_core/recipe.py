@@ -31,7 +31,8 @@ class Recipe:
         As in QuantSpec.
     type : str or None
         Of format `gguf`: a file type as llama.cpp names it, such as Q4_K_M. Bits, group size and zero of each tensor follow from
-        it, and the defaults of those give way. None takes the one that `nbits` stands for.
+        it, and the defaults of those give way. None takes the one that `nbits` stands for. Of format `mlx`: a mix of two widths
+        as mlx-lm names it, such as mixed_4_6, which the bits of each tensor follow from. None: `nbits` everywhere.
     preset : {"fast", "balanced", "best"}
         How long the solver searches; docs/solver.md has what each costs and gains.
     zero : {"float", "offset", "int", "none"} or None

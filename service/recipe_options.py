@@ -17,7 +17,10 @@ def recipes(
     zero: Annotated[str | None, typer.Option(help="float, offset, int or none; the format's own unless given.")] = None,
     type: Annotated[
         list[str] | None,
-        typer.Option(help="File type of format gguf as llama.cpp names it: Q4_K_M, Q8_0, ...; may be given again."),
+        typer.Option(
+            help="What gguf or mlx is to be by name: a file type of llama.cpp's (Q4_K_M, Q8_0, ...) or a mix of mlx-lm's "
+            "(mixed_4_6, ...); may be given again."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="How long to search: fast, balanced or best.")] = None,
     energy: Annotated[
@@ -57,9 +60,9 @@ def fields_of(recipes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _types(name: dict[str, Any], names: list[dict[str, Any]], types: list[str] | None) -> list[dict[str, Any]]:
-    """The file types that are meant for one of several formats: those of `gguf`, unless it is not among them."""
-    meant = types if name.get("format") == "gguf" or {"format": "gguf"} not in names else None
-    return [{"type": each} for each in meant] if meant else [{}]
+    """The types that are meant for one of several formats: not those of another one among them."""
+    homes = {each: {"format": "mlx" if each.startswith("mixed_") else "gguf"} for each in types or ()}
+    return [{"type": each} for each, home in homes.items() if home == name or home not in names] or [{}]
 
 
 def _integer(text: str) -> int:

@@ -62,7 +62,8 @@ class RecipeBody(RequestBody):
     zero: Literal["float", "offset", "int", "none"] | None = None
     """Null: what the format holds best."""
     type: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
-    """Of format gguf: a file type as llama.cpp names it, such as Q4_K_M, which bits, group size and zero follow from."""
+    """Of format gguf a file type as llama.cpp names it, such as Q4_K_M; of format mlx a mix of widths as mlx-lm names it, such
+    as mixed_4_6. `GET /v1/formats` says which settings follow from it."""
     preset: Literal["fast", "balanced", "best"] = "balanced"
     """How long the solver searches."""
     energy: Literal["auto", "synthetic", "analytic", "none"] = "auto"
@@ -284,7 +285,9 @@ class FormatBody(ResponseBody):
     """`group_size` null is held too."""
     axes: list[int]
     types: list[str]
-    """What a recipe may give as its type, which the other settings follow from."""
+    """What a recipe may give as its type."""
+    typed_settings: list[str]
+    """Settings that follow from a type."""
     exactness: str
     runtimes: list[RuntimeBody]
     lossless: bool

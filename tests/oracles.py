@@ -53,7 +53,8 @@ def mlx_weights(folder: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for module in (name.removesuffix(".scales") for name in stored if name.endswith(".scales")):
         parts = (stored[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
-        weights[module] = from_mlx(mx.dequantize(*parts, **settings))
+        own = settings.get(module, {name: settings[name] for name in ("group_size", "bits", "mode")})
+        weights[module] = from_mlx(mx.dequantize(*parts, **own))
     return weights
 
 

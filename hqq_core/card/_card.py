@@ -107,11 +107,9 @@ def _row(group: Group) -> tuple[str, ...]:
 
 def _settings(plan: Plan, writer: CheckpointWriter) -> str:
     settings = plan.recipe.to_dict() | {"zero": plan.spec.zero}
-    if writer.capabilities.types:  # from which bits, groups and zeros follow, block by block
-        settings = {
-            name: value for name, value in settings.items() if name not in ("nbits", "group_size", "axis", "zero")
-        }
-        settings["type"] = writer.capabilities.label(plan.recipe)
+    if named := writer.capabilities.type_of(plan.recipe):
+        follow = writer.capabilities.typed_settings
+        settings = {name: value for name, value in settings.items() if name not in follow} | {"type": named}
     told = {name: value for name, value in settings.items() if value not in (None, []) or name == "group_size"}
     return table(("setting", "value"), [(name, _value(value)) for name, value in told.items()])
 

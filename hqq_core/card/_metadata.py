@@ -49,8 +49,8 @@ def metadata(
     if languages := list(_texts(source.get("language"), _LANGUAGE)):
         fields["language"] = languages
     solved = [] if writer.capabilities.lossless else ["hqq"]
-    types = [writer.capabilities.label(plan.recipe)] if writer.capabilities.types else []
-    tags = ["halfquad", *solved, f"{plan.spec.nbits:g}-bit", plan.recipe.format, *types]
+    named = writer.capabilities.type_of(plan.recipe)
+    tags = ["halfquad", *solved, f"{plan.spec.nbits:g}-bit", plan.recipe.format, *filter(None, [named])]
     return {**fields, "tags": list(dict.fromkeys(tags))}
 
 

@@ -141,7 +141,7 @@ def _places(plan: Plan, weights: Sequence[ArtifactFile], writer: CheckpointWrite
     names = {file.name for file in weights}
     places: dict[str, tuple[str, str | None]] = {}
     for tensor in plan.tensors:
-        stored = stored_tensors(tensor, writer) if writer.capabilities.types else []
+        stored = stored_tensors(tensor, writer) if writer.container.block_types else []
         places[tensor.name] = (
             tensor.file if tensor.file in names else weights[0].name,
             stored[0][1] if stored else None,

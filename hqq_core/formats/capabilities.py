@@ -47,7 +47,9 @@ class Capabilities:
         A whole channel (group size None) is held too.
     axes : tuple of int
     types : tuple of str
-        Names that a recipe may give as its `type`, which the other settings follow from.
+        Names that a recipe may give as its `type`.
+    typed_settings : tuple of str
+        The settings that follow from a type.
     exactness : str
         How the stored numbers come out of what was solved, in a few words.
     runtimes : tuple of Runtime
@@ -67,6 +69,7 @@ class Capabilities:
     whole_channel: bool = False
     axes: tuple[int, ...] = (1,)
     types: tuple[str, ...] = ()
+    typed_settings: tuple[str, ...] = ()
     lossless: bool = False
     experimental: bool = False
     library: str = "transformers"
@@ -94,6 +97,10 @@ class Capabilities:
         if spec.zero not in self.zeros.get(spec.nbits, (spec.zero,)):
             yield "zero", _one_of(self.zeros[spec.nbits])
 
+    def type_of(self, recipe: Recipe) -> str | None:
+        """The type that its settings follow from, where there is one."""
+        return recipe.type
+
     def label(self, recipe: Recipe) -> str:
         """What a recipe chose of these settings, for the name of a folder."""
         group = f"g{recipe.group_size}" if recipe.group_size else "channel"
@@ -114,7 +121,7 @@ class Capabilities:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `zeros` by nbits as text."""
         fields = {**dataclasses.asdict(self), "zeros": {str(nbits): list(zeros) for nbits, zeros in self.zeros.items()}}
-        lists = {name: list(fields[name]) for name in ("group_sizes", "axes", "types", "runtimes")}
+        lists = {name: list(fields[name]) for name in ("group_sizes", "axes", "types", "typed_settings", "runtimes")}
         return {"nbits": list(self.nbits), **fields, **lists}
 
     def words(self) -> dict[str, str]:

@@ -54,6 +54,10 @@ class PartWriter(Protocol):
 class Container(Protocol):
     """How tensors become files."""
 
+    @property
+    def block_types(self) -> bool:
+        """Whether its tensors have types that say more than a dtype, which a report names."""
+
     def part_name(self, number: int, total: int) -> str:
         """What the `number`-th of `total` parts is called, from 1."""
 
@@ -75,6 +79,8 @@ class Container(Protocol):
 
 class Safetensors:
     """As `save_pretrained` writes it: one file, or several and an index."""
+
+    block_types = False
 
     def part_name(self, number: int, total: int) -> str:
         """As transformers numbers them."""

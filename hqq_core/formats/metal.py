@@ -13,7 +13,7 @@ import torch
 from hqq_core.architectures import Role
 from hqq_core.formats.base import CheckpointWriter, Layout, left_alone, refuse
 from hqq_core.formats.capabilities import Capabilities, Runtime
-from hqq_core.formats.mlx import affine, affine_layout
+from hqq_core.formats.mlx.affine import affine, affine_layout
 from hqq_core.spec import QuantSpec
 from hqq_core.tensors import QuantizedTensor
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hqq_core import Recipe
+from hqq_core import FORMATS, Recipe
 from tests.interop.reference import Reference, Source, perplexity
 from tests.interop.runtime import Answered, Runtime
 
@@ -66,8 +66,10 @@ class Line:
         recipe = self.recipe
         include = f" with {', '.join(recipe.include_modules)}" if recipe.include_modules else ""
         axis = ", axis 0" if recipe.axis == 0 else ""
-        how = ("", "", "") if recipe.type else (f"{recipe.nbits:g}", str(recipe.group_size), f"{recipe.zero}{axis}")
-        settings = (self.runtime, self.model, f"{recipe.format} {recipe.type or ''}{include}".strip(), *how)
+        how = {"nbits": f"{recipe.nbits:g}", "group_size": str(recipe.group_size), "zero": f"{recipe.zero or ''}{axis}"}
+        if recipe.type:
+            how |= {name: "" for name in FORMATS[recipe.format].capabilities.typed_settings if name in how}
+        settings = (self.runtime, self.model, f"{recipe.format} {recipe.type or ''}{include}".strip(), *how.values())
         return f"| {' | '.join([*settings, *self.cells])} |"
 
 
@@ -90,7 +92,7 @@ def compared(
     else:
         got, wanted_too = answer.logits, wanted
     largest, mean = difference(got, wanted_too)
-    rounding, _ = difference(rounded, wanted_too)
+    rounding = difference(rounded, wanted_too)[0] if answer.rounding is None else answer.rounding
     agreed = largest <= runtime.tolerated(rounding)
     said = tuple(map(perplexity, (source.logprobs(wanted), got_logprobs)))
     cells = (

@@ -11,6 +11,7 @@ from typing import Any
 from hqq_core import FORMATS, Recipe
 from hqq_core.formats.gguf.file_types import MAIN_TYPES
 from hqq_core.formats.gptq import FAMILIES
+from hqq_core.formats.mlx.mixes import WIDTHS
 
 SMOLLM2 = "smollm2-135m"
 TERNARY = "smollm2-135m, made ternary"
@@ -33,7 +34,7 @@ class Cells:
     every_zero : bool
         All zeros that the format holds at a width, or the one that it takes unless told.
     types : tuple of str
-        File types of `gguf`, which say all of that.
+        File types of `gguf`, which say all of that, or mixes of `mlx`.
     models : tuple of str
         A name in `tests.models.MODELS`, or "family, dtype" for a tiny random model of `tests.families`.
     more : dict
@@ -69,6 +70,7 @@ MATRIX = (
     Cells("compressed-tensors", ("vLLM",), (4,), every_zero=True),
     Cells("mlx", ("mlx-lm",)),
     Cells("mlx", ("mlx-lm",), (4,), (64,), more={"include_modules": ("embed_tokens",)}),
+    Cells("mlx", ("mlx-lm",), types=tuple(WIDTHS)),
     Cells("metal", ("transformers (metal)",)),
     Cells("hqq", ("hqq",)),
     Cells("hqq", ("hqq",), (4,), (64,), every_zero=True),

@@ -63,6 +63,8 @@ def test_one_wrong_logit_is_a_difference():
     assert difference(got, wanted)[0] > EXACT
     assert RUNTIMES["transformers"].tolerated(0) == EXACT
     assert RUNTIMES["vLLM"].tolerated(0.01) == 0.02
+    assert RUNTIMES["mlx-lm"].tolerated(0) == RUNTIMES["mlx-lm"].tolerated(EXACT / 3) == EXACT
+    assert RUNTIMES["mlx-lm"].tolerated(EXACT) == 2 * EXACT
 
 
 def test_continuations_are_compared_token_by_token():

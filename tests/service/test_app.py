@@ -127,6 +127,6 @@ def test_docs_can_be_switched_off(settings, migrated):
 
 
 def test_uvicorn_can_load_it():
-    config = uvicorn.Config("service.app:create_app", factory=True)
+    config = uvicorn.Config("service.app:create_app", factory=True, log_config=None)
     config.load()
     assert config.loaded

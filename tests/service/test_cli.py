@@ -293,6 +293,11 @@ def test_each_type_is_a_recipe_of_gguf_alone() -> None:
     assert recipes(format=["mlx"], type=["Q4_1"]) == [{"format": "mlx", "type": "Q4_1"}], "which is refused later"
 
 
+def test_each_of_several_formats_gets_its_own_types() -> None:
+    made = recipes(format=["mlx", "gguf", "hqq"], type=["mixed_3_6", "Q4_1"])
+    assert made == [{"format": "mlx", "type": "mixed_3_6"}, {"format": "gguf", "type": "Q4_1"}, {"format": "hqq"}]
+
+
 def test_recipe_has_an_option_for_each_setting_in_both_commands() -> None:
     settings = {field.name.removesuffix("_modules") for field in dataclasses.fields(Recipe)}
     for name in ("quantize", "submit"):

@@ -52,6 +52,8 @@ class GgufContainer:
         float32 tensors that the source does not have.
     """
 
+    block_types = True
+
     def __init__(
         self, architecture: str = "", keys: Keys | None = None, extra: dict[str, torch.Tensor] | None = None
     ) -> None:

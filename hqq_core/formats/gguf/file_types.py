@@ -55,6 +55,10 @@ class FileTypes(Capabilities):
             if getattr(recipe, field) not in (getattr(_DEFAULTS, field), settings[field]):
                 yield field, f"{settings[field]!r} in type {file_type}"
 
+    def type_of(self, recipe: Recipe) -> str | None:
+        """The file type, named or by its bits."""
+        return file_type_of(recipe)
+
     def label(self, recipe: Recipe) -> str:
         """The file type, which is what all else follows from."""
         return file_type_of(recipe) or super().label(recipe)
@@ -74,6 +78,7 @@ CAPABILITIES = FileTypes(
     zeros=_zeros(),
     group_sizes=tuple(sorted({kind.settings["group_size"] for kind in BLOCK_TYPES.values()})),
     types=tuple(MAIN_TYPES),
+    typed_settings=("nbits", "group_size", "axis", "zero"),
     exactness="as solved: scales in half precision, or integers of super-blocks",
     runtimes=(
         Runtime("llama.cpp", "0.5", "by node-llama-cpp 3.22"),

@@ -24,9 +24,9 @@ from tests.hqq_core.formats.contract import recipes
 from tests.layouts import LAYOUTS
 
 every_format = pytest.mark.parametrize("name", FORMATS)
-# Settings of the others follow from a type, and names from a model: tests of their own.
+# All settings of the others follow from a type, and names from a model: tests of their own.
 every_format_by_settings = pytest.mark.parametrize(
-    "name", [name for name, writer in FORMATS.items() if not writer.capabilities.types]
+    "name", [name for name, writer in FORMATS.items() if "group_size" not in writer.capabilities.typed_settings]
 )
 ROWS = st.one_of(st.sampled_from([1, 7, 8, 31, 32, 33, 64, 65]), st.integers(1, 100))
 

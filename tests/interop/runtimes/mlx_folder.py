@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
+from mlx_lm.utils import dequantize_model, load_model
 from protocol import Answer, Task, counted, serve
 
 
@@ -19,8 +19,24 @@ def compute(task: Task) -> Answer:
         for module in model.modules()
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
     )
-    logits = np.stack([np.array(model(mx.array([window]))[0].astype(mx.float32)) for window in task.windows])
-    return Answer(list(greedy(model, task.prompt, task.n_new)), layers, logits=logits)
+    said = list(greedy(model, task.prompt, task.n_new))
+    logits = logits_of(model, task.windows)
+    return Answer(said, layers, logits=logits, rounding=own_rounding(model, task.windows) if task.rounding else None)
+
+
+def logits_of(model: nn.Module, windows: list[list[int]]) -> np.ndarray:
+    """Float32 [shape=(windows, tokens, vocabulary)]."""
+    return np.stack([np.array(model(mx.array([window]))[0].astype(mx.float32)) for window in windows])
+
+
+def own_rounding(model: nn.Module, windows: list[list[int]]) -> float:
+    """What mlx's dense layers lose in float32, beside float64, of the largest logit; the model is dequantized by it."""
+    mx.set_default_device(mx.cpu)  # which alone has float64
+    dense = dequantize_model(model)
+    single = logits_of(dense, windows)
+    dense.set_dtype(mx.float64)
+    double = logits_of(dense, windows)
+    return float(np.abs(single - double).max() / np.abs(double).max())
 
 
 def greedy(model: nn.Module, prompt: list[int], n_new: int) -> Iterator[int]:

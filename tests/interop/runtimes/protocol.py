@@ -3,7 +3,8 @@
 The task is JSON: `windows` (token ids, a list of lists), `prompt` (token ids) and `n_new`; llama.cpp also takes `texts`, and
 answers with `tokens` of each. The answer is a folder: `answer.json` with `greedy` (n_new token ids), `versions`, `layers` (what
 runs the quantized weights) and, unless `logits.npy` lies beside it (float32 [shape=(windows, tokens, vocabulary)]), `logprobs` of
-each window's second to last token.
+each window's second to last token. Where the task's `rounding` is true, a runtime that can tell answers with `rounding`, too:
+what it loses itself in float32, with weights that are not packed, of the largest logit.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Task:
     windows: list[list[int]]
     prompt: list[int]
     n_new: int
+    rounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Answer:
     layers: str
     logits: np.ndarray | None = None
     logprobs: list[list[float]] | None = None
+    rounding: float | None = None
 
 
 def serve(compute: Callable[[Task], Answer], packages: Iterable[str]) -> None:
@@ -50,6 +53,7 @@ def serve(compute: Callable[[Task], Answer], packages: Iterable[str]) -> None:
         "greedy": answer.greedy,
         "logprobs": answer.logprobs,
         "layers": answer.layers,
+        "rounding": answer.rounding,
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
     (output / "answer.json").write_text(json.dumps(fields))
