@@ -81,7 +81,8 @@ class Grouped:
     def shift_norm(self) -> float:
         """||zero * scale||, or ||offset||."""
         shift = self.shift.astype(np.float64) * (1 if self.is_offset else self.scale)
-        return math.sqrt(float(shift @ shift) * math.prod(self.shape) / len(shift))
+        squares = float(np.square(shift).sum())  # not by BLAS, whose threads then spin beside the solver's
+        return math.sqrt(squares * math.prod(self.shape) / len(shift))
 
     def _grouped(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         if self.axis == 0:

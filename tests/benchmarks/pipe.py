@@ -46,8 +46,8 @@ BARE, ALONE = "team-a/bare", "team-a/alone"  # for uploads that are no job's
 class RemoteHub:
     """A Hub in a process of its own: in this one it would wait for the solver, and the solver for it."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: str, pid: int) -> None:
+        self.endpoint, self.pid = endpoint, pid
         self._control = httpx.Client(base_url=f"{endpoint}/_control")
 
     def slow_down(self, method: str, **rate: float) -> None:
@@ -57,6 +57,12 @@ class RemoteHub:
 
     def forget_requests(self) -> None:
         self._control.delete("/requests").raise_for_status()
+
+    @property
+    def cpu_s(self) -> float:
+        """What it has computed for, which on few cores is time that the job waits for."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def moved(self, method: str, which: str) -> list[int]:
         """Bytes of each body that went to the storage or came from there."""
@@ -72,7 +78,7 @@ def hub_process(folder: Path, source: Path) -> Iterator[RemoteHub]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield RemoteHub(process.stdout.readline().strip().removeprefix("HF_ENDPOINT="))
+            yield RemoteHub(process.stdout.readline().strip().removeprefix("HF_ENDPOINT="), process.pid)
         finally:
             process.terminate()
 
@@ -127,11 +133,13 @@ def run(folder: Path, asked: argparse.Namespace) -> None:
         }
         hub.forget_requests()
         of_repo = {"type": "hub", "repo_id": REPO, "revision": "main", "credential": None, "keep": True}
+        before_s = hub.cpu_s
         job = do("data", of_repo, {"repo_id": TARGET})
+        hub_s = hub.cpu_s - before_s
         print(f"repo:     {job}")
         if asked.trace:
             print("\n".join(job.trace))
-        tell(parts, local, job)
+        tell(parts, local, job, hub_s)
         whole = [
             nbytes_sent for nbytes_sent in hub.moved("GET", "sent_nbytes") if nbytes_sent > 0.5 * nbytes / asked.shards
         ]
@@ -159,13 +167,13 @@ class Done:
         return sum(self.seconds.values())
 
 
-def tell(parts: dict[str, float], local: Done, job: Done) -> None:
+def tell(parts: dict[str, float], local: Done, job: Done, hub_s: float) -> None:
     slowest = max(parts.values())
     apart = local.total_s + parts["download"] + parts["upload"]
     print("parts:    " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()))
     print(f"job {job.total_s:.1f} s, on the folder and without a target {local.total_s:.1f} s")
     print(f"CPU: {local.cpu_s[0]:.1f} s on the folder; {job.cpu_s[0]:.1f} s and {job.cpu_s[1]:.1f} s of its processes that speak "
-          f"with the Hub; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+          f"with the Hub, {hub_s:.1f} s of the Hub; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")  # fmt: skip
     print(f"job / slowest part              {job.total_s / slowest:.2f}")
     print(f"sum of the parts / slowest      {sum(parts.values()) / slowest:.2f}")
     print(f"one after the other / slowest   {apart / slowest:.2f}")
