@@ -19,7 +19,7 @@ from service.gathered_options import takes
 from service.place_options import source_of, target
 from service.printing import bytes_bar, job_row, print_job, print_json, print_metrics, print_table, sentence
 from service.recipe_options import fields_of, recipes
-from service.service_options import DEFAULT_URL, Json, Label, Url, connected, labels_of
+from service.service_options import DEFAULT_URL, Json, Label, Owner, Priority, Url, connected, labels_of
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -270,6 +270,8 @@ def submit(
         bool, typer.Option("--drop-source", help="Keep no weight files of the repository for later jobs.")
     ] = False,
     label: Label = None,
+    owner: Owner = None,
+    priority: Priority = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
@@ -283,6 +285,8 @@ def submit(
             target=target,
             **fields_of(recipes),
             labels=labels_of(label),
+            owner=owner,
+            priority=priority,
         )
         if watch:
             _follow(client, job["id"], as_json)

@@ -25,7 +25,7 @@ from service.common.errors import (
     RecipeRefused,
     Unavailable,
 )
-from service.common.models import Event, IdempotencyRecord, Job
+from service.common.models import DEFAULT_OWNER, Event, IdempotencyRecord, Job
 from service.common.queue import Broker
 from service.common.roots import SourceRoots
 from service.common.session import Database
@@ -90,6 +90,7 @@ def submit(service: Service, body: JobCreate, *, idempotency_key: str | None = N
             recipes=[recipe.to_dict() for recipe in recipes],
             target=body.target.model_dump() if body.target else None,
             labels=dict(body.labels),
+            owner=body.owner,
             priority=body.priority,
             max_attempts=service.settings.max_attempts,
         )
@@ -253,8 +254,9 @@ def _credential_unknown(detail: str, pointer: str) -> CredentialUnknown:
 
 def _fingerprint(body: JobCreate) -> str:
     recipes = [recipe.model_dump(mode="json") for recipe in body.asked.values()]
-    # no target: as it was before there were any, so that older keys find their bodies
-    left_out = {"recipe", "recipes"} if body.target else {"recipe", "recipes", "target"}
+    # neither target nor owner where none is meant: as it was before there were any, so that older keys find their bodies
+    none_meant = {"target": body.target is None, "owner": body.owner == DEFAULT_OWNER}
+    left_out = {"recipe", "recipes", *(name for name, none in none_meant.items() if none)}
     meant = body.model_dump(mode="json", exclude=left_out)
     meant |= {"recipe": recipes[0]} if len(recipes) == 1 else {"recipes": recipes}  # one is one, however it was said
     canonical = json.dumps(meant, sort_keys=True, separators=(",", ":"))

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hqq_core.recipe import DEFAULT_MAX_SHARD_NBYTES
+from service.common.models import DEFAULT_OWNER
 from service.common.status import JobStatus, Phase
 from service.job_places import Source, Target
 
@@ -84,6 +85,8 @@ class JobCreate(RequestBody):
     target: Target | None = None
     """Where the result goes; null: it stays to be downloaded."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = {}
+    owner: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")] = DEFAULT_OWNER
+    """Whose job it is: of the same priority, owners take turns."""
     priority: Annotated[StrictInt, Field(ge=0, le=9)] = 5
     """Higher runs first."""
 
@@ -225,6 +228,7 @@ class JobBody(ResponseBody):
     source: dict[str, Any]
     recipes: list[dict[str, Any]]
     target: dict[str, Any] | None
+    owner: str
     priority: int
     labels: dict[str, str]
     error: JobErrorBody | None

@@ -14,6 +14,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Url = Annotated[str, typer.Option(envvar="HALFQUAD_URL", help="Where the service answers.")]
 Label = Annotated[list[str] | None, typer.Option(help="key:value; may be given again.")]
+Owner = Annotated[str | None, typer.Option(help="Whose job it is: owners take turns.")]
+Priority = Annotated[int | None, typer.Option(min=0, max=9, help="Higher runs first; 5 unless given.")]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from service.gathered_options import takes
 from service.place_options import source_of, target
 from service.printing import print_json, print_table, print_watch, watch_row
 from service.recipe_options import fields_of, recipes
-from service.service_options import DEFAULT_URL, Json, Label, Url, connected, labels_of
+from service.service_options import DEFAULT_URL, Json, Label, Owner, Priority, Url, connected, labels_of
 
 app = typer.Typer(no_args_is_help=True, help="Follow branches: each new head becomes a job.")
 
@@ -33,6 +33,8 @@ def add(
     interval_s: Interval = None,
     run_now: Annotated[bool, typer.Option("--run-now", help="Make a job for the head that is there, too.")] = False,
     label: Label = None,
+    owner: Owner = None,
+    priority: Priority = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +51,8 @@ def add(
             **fields_of(recipes),
             target=target,
             labels=labels_of(label),
+            owner=owner,
+            priority=priority,
             interval_s=interval_s,
             run_now=run_now,
         )

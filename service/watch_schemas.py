@@ -49,6 +49,7 @@ class WatchBody(ResponseBody):
     recipes: list[dict[str, Any]]
     target: dict[str, Any]
     labels: dict[str, str]
+    owner: str
     priority: int
     interval_s: int
     run_now: bool

@@ -28,6 +28,7 @@ def add(service: Service, body: WatchCreate) -> Watch:
             recipes=[recipe.to_dict() for recipe in recipes],
             target=body.target.model_dump(),
             labels=dict(body.labels),
+            owner=body.owner,
             priority=body.priority,
             interval_s=body.interval_s,
             run_now=body.run_now,

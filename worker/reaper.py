@@ -1,4 +1,4 @@
-"""Housekeeping in every worker: units of dead workers, files of dead jobs, and messages that never went."""
+"""Housekeeping in every worker: units of dead workers, files of dead jobs, events of old ones, and messages that never went."""
 
 import threading
 import time
@@ -16,6 +16,7 @@ SWEEP_S = 3600.0
 # Rounds: whoever ends a job removes its files, but for a crash between the two, and for what the API leaves.
 LATELY = 12
 FOLDERS_AT_ONCE = 500  # in one query
+EVENTS_AT_ONCE = 500
 
 logger = structlog.get_logger(__name__)
 
@@ -66,11 +67,20 @@ class Housekeeper(threading.Thread):
         if self._swept_at is None or time.monotonic() - self._swept_at >= SWEEP_S:
             discard_files(self._workplace, list(self._workplace.store.job_ids()))
             self._workplace.cache.sweep()
+            drop_events(self._workplace)
             self._swept_at = time.monotonic()
             return
         with self._workplace.database.read() as session:
             ended = repository.ended_lately(session, LATELY * self._workplace.settings.housekeeping_s)
         discard_files(self._workplace, [job_id for job_id in ended if self._workplace.store.folder(job_id).is_dir()])
+
+
+def drop_events(workplace: Workplace) -> None:
+    """Drop events that are kept no longer, a few at a time: others write in between."""
+    dropped = EVENTS_AT_ONCE
+    while dropped == EVENTS_AT_ONCE:
+        with workplace.database.write() as session:
+            dropped = repository.purge_events(session, kept_s=workplace.settings.events_kept_s, limit=EVENTS_AT_ONCE)
 
 
 def reap(workplace: Workplace) -> None:

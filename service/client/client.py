@@ -49,6 +49,7 @@ class Client:
         recipes: Sequence[dict[str, Any]] | None = None,
         target: str | dict[str, Any] | None = None,
         labels: dict[str, str] | None = None,
+        owner: str | None = None,
         priority: int | None = None,
         idempotency_key: str | None = None,
         wait_s: int = 0,
@@ -63,6 +64,7 @@ class Client:
             "recipes": recipes,
             "target": _target(target),
             "labels": labels,
+            "owner": owner,
             "priority": priority,
         }
         source = _source(source)
@@ -124,6 +126,7 @@ class Client:
         target: str | dict[str, Any],
         recipes: Sequence[dict[str, Any]] | None = None,
         labels: dict[str, str] | None = None,
+        owner: str | None = None,
         priority: int | None = None,
         interval_s: int | None = None,
         run_now: bool = False,
@@ -133,6 +136,7 @@ class Client:
             "recipe": recipe,
             "recipes": recipes,
             "labels": labels,
+            "owner": owner,
             "priority": priority,
             "interval_s": interval_s,
         }

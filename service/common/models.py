@@ -57,6 +57,7 @@ class Base(DeclarativeBase):
     }
 
 
+DEFAULT_OWNER = "default"
 JOB_ID = re.compile(r"job_[0-9A-HJKMNP-TV-Z]{26}")
 WATCH_ID = re.compile(r"watch_[0-9A-HJKMNP-TV-Z]{26}")
 
@@ -79,6 +80,7 @@ class Job(Base):
     recipes: Mapped[list[dict[str, Any]]]
     target: Mapped[dict[str, Any] | None]  # where the result goes; none: it stays to be downloaded
     labels: Mapped[dict[str, str]]
+    owner: Mapped[str] = mapped_column(String(64))  # whose share of the workers it takes
     priority: Mapped[int]
     attempt: Mapped[int]  # the most starts any of its units needed
     max_attempts: Mapped[int]
@@ -206,6 +208,7 @@ class Watch(Base):
     recipes: Mapped[list[dict[str, Any]]]
     target: Mapped[dict[str, Any]]
     labels: Mapped[dict[str, str]]
+    owner: Mapped[str] = mapped_column(String(64))
     priority: Mapped[int]
     interval_s: Mapped[int]
     enabled: Mapped[bool]

@@ -103,6 +103,8 @@ class Settings(BaseSettings):
     """Disk space for weight files of Hub sources that later units and jobs may use."""
     idempotency_s: PositiveFloat = 24 * 3600
     """How long an Idempotency-Key is remembered."""
+    events_kept_s: PositiveFloat = 30 * 24 * 3600
+    """How long a job's events, its log among them, are kept after its end; how it ended is kept with the job."""
 
     threads: PositiveInt = Field(default_factory=lambda: os.cpu_count() or 1)
     """Solver threads of one unit; all cores unless set."""

@@ -112,6 +112,7 @@ class Hand:
     def insert(
         self,
         *,
+        owner: str = "default",
         priority: int = 5,
         max_attempts: int = 3,
         source: dict | None = None,
@@ -126,6 +127,7 @@ class Hand:
                 recipes=[{}],
                 target=target,
                 labels=labels,
+                owner=owner,
                 priority=priority,
                 max_attempts=max_attempts,
             )
@@ -213,3 +215,20 @@ def api_url(settings: Settings, migrated: Database) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+def in_threads(n, work):
+    results = []
+    barrier = threading.Barrier(n)
+
+    def run(i):
+        barrier.wait()
+        results.append(work(i))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == n
+    return results

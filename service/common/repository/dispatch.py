@@ -1,13 +1,17 @@
 """Outbox rows on their way to the broker."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, Subquery, func, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
 from service.common.models import Job, Outbox, Unit
 from service.common.repository.clock import now
+from service.common.status import UnitStatus
+
+ORDER = ("created_at", "job_id", "kind", "index")  # of one owner's units of the same priority
 
 
 @dataclass(frozen=True)
@@ -19,21 +23,55 @@ class Message:
 
 
 def take_due(session: Session, *, limit: int, redispatch_s: float) -> list[Message]:
-    """Mark the most urgent units as sent, never sent or sent too long ago without a claim; send them after commit."""
+    """Mark units as sent, never sent or sent too long ago without a claim; send them after commit.
+
+    The most urgent priority first; of one priority, each owner's turn is the number of units that it has at work or on their
+    way, and of those of its own that go before: so a batch of thousands lets a single job of another owner pass.
+    """
     at = now(session)
     lost = at - timedelta(seconds=redispatch_s)
-    due = session.scalars(
+    due = Outbox.available_at <= at, or_(Outbox.dispatched_at.is_(None), Outbox.dispatched_at < lost)
+    ranked = _ranked(due, lost)
+    rows = session.scalars(
         select(Outbox)
-        .join(Unit, Unit.id == Outbox.unit_id)
-        .join(Job, Job.id == Unit.job_id)
-        .where(Outbox.available_at <= at, or_(Outbox.dispatched_at.is_(None), Outbox.dispatched_at < lost))
-        .order_by(Job.priority.desc(), Job.created_at, Job.id, Unit.kind, Unit.index)
+        .join(ranked, ranked.c.unit_id == Outbox.unit_id)
+        .where(*due)
+        .order_by(ranked.c.priority.desc(), ranked.c.turn, *(ranked.c[name] for name in ORDER))
         .limit(limit)
         .with_for_update(of=Outbox, skip_locked=True)
     ).all()
-    for row in due:
+    for row in rows:
         row.dispatched_at, row.dispatch_seq = at, row.dispatch_seq + 1
-    return [Message(row.unit_id, row.dispatch_seq) for row in due]
+    return [Message(row.unit_id, row.dispatch_seq) for row in rows]
+
+
+def _ranked(due: Iterable[ColumnElement[bool]], lost: datetime) -> Subquery:
+    """Due units, with priority, turn and place among those of their owner."""
+    places = dict(zip(ORDER, (Job.created_at, Job.id, Unit.kind, Unit.index), strict=True))
+    at_work = _at_work(lost)
+    before = func.row_number().over(partition_by=Job.owner, order_by=(Job.priority.desc(), *places.values()))
+    turn = before + func.coalesce(at_work.c.n_units, 0)
+    return (
+        select(Outbox.unit_id, Job.priority, turn.label("turn"), *(place.label(name) for name, place in places.items()))
+        .join(Unit, Unit.id == Outbox.unit_id)
+        .join(Job, Job.id == Unit.job_id)
+        .outerjoin(at_work, at_work.c.owner == Job.owner)
+        .where(*due)
+        .subquery()
+    )
+
+
+def _at_work(lost: datetime) -> Subquery:
+    """By owner, how many units run, or are on their way to a worker."""
+    running = select(Job.owner).join(Unit, Unit.job_id == Job.id).where(Unit.status == UnitStatus.RUNNING)
+    sent = (
+        select(Job.owner)
+        .join(Unit, Unit.job_id == Job.id)
+        .join(Outbox, Outbox.unit_id == Unit.id)
+        .where(Outbox.dispatched_at >= lost)
+    )
+    both = union_all(running, sent).subquery()
+    return select(both.c.owner, func.count().label("n_units")).group_by(both.c.owner).subquery()
 
 
 def give_back(session: Session, message: Message) -> None:

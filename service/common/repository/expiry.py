@@ -1,11 +1,12 @@
-"""What has run out: units' leases, other leases, idempotency records."""
+"""What has run out: units' leases, other leases, idempotency records, events of jobs that ended long ago."""
 
 from datetime import timedelta
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from service.common.models import IdempotencyRecord, Lease, Unit
+from service.common.events import EventType
+from service.common.models import Event, IdempotencyRecord, Job, Lease, Unit
 from service.common.repository.clock import now
 from service.common.status import UnitStatus
 
@@ -30,3 +31,17 @@ def purge(session: Session) -> None:
     at = now(session)
     session.execute(delete(IdempotencyRecord).where(IdempotencyRecord.expires_at <= at))
     session.execute(delete(Lease).where(Lease.expires_at <= at))
+
+
+def purge_events(session: Session, *, kept_s: float, limit: int) -> int:
+    """Drop some events of jobs that ended that long ago; how many. The last one stays, and how a job ended."""
+    old = (
+        select(Event.job_id, Event.seq)
+        .join(Job, Job.id == Event.job_id)
+        .where(Job.finished_at < now(session) - timedelta(seconds=kept_s))
+        .where(Event.type != EventType.DONE, Event.seq < Job.event_seq)
+        .limit(limit)
+    )
+    found = [tuple(row) for row in session.execute(old)]
+    session.execute(delete(Event).where(tuple_(Event.job_id, Event.seq).in_(found)))
+    return len(found)

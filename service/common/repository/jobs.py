@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.common.errors import JobNotRetryable, JobTerminal, NotFound
 from service.common.events import EventType, status_data
-from service.common.models import Job, Unit, new_id
+from service.common.models import DEFAULT_OWNER, Job, Unit, new_id
 from service.common.repository.clock import now
 from service.common.repository.events import append_event
 from service.common.repository.job_row import end_job, find_job, lock_job, move_job, settle_job
@@ -24,6 +24,7 @@ def insert_job(
     recipes: Sequence[dict[str, Any]],
     target: dict[str, Any] | None = None,
     labels: dict[str, str],
+    owner: str = DEFAULT_OWNER,
     priority: int,
     max_attempts: int,
 ) -> Job:
@@ -39,6 +40,7 @@ def insert_job(
         recipes=list(recipes),
         target=target,
         labels=labels,
+        owner=owner,
         priority=priority,
         attempt=0,
         max_attempts=max_attempts,

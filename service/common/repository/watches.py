@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.common.errors import JobError, NotFound
 from service.common.events import EventType, log_data
-from service.common.models import WATCH_ID, Job, Watch, new_id
+from service.common.models import DEFAULT_OWNER, WATCH_ID, Job, Watch, new_id
 from service.common.repository.clock import now
 from service.common.repository.events import append_event
 from service.common.repository.failures import RETRY_AFTER_LIMIT_S
@@ -31,6 +31,7 @@ def insert_watch(
     recipes: list[dict[str, Any]],
     target: dict[str, Any],
     labels: dict[str, str],
+    owner: str = DEFAULT_OWNER,
     priority: int,
     interval_s: int,
     run_now: bool,
@@ -44,6 +45,7 @@ def insert_watch(
         recipes=recipes,
         target=target,
         labels=labels,
+        owner=owner,
         priority=priority,
         interval_s=interval_s,
         enabled=True,
@@ -124,6 +126,7 @@ def watch_seen(session: Session, taken: Watch, *, repo_id: str, commit: str, max
         recipes=watch.recipes,
         target=watch.target,
         labels={**watch.labels, LABEL: watch.id},
+        owner=watch.owner,
         priority=watch.priority,
         max_attempts=max_attempts,
     )

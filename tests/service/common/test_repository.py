@@ -19,7 +19,7 @@ from service.common.models import Event, IdempotencyRecord, Job, Lease, Outbox, 
 from service.common.repository import JobFilter
 from service.common.repository.job_row import change_job, move_job
 from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
-from tests.service.conftest import OUTPUT
+from tests.service.conftest import OUTPUT, in_threads
 
 ERROR = JobError("broken", "system", "it broke", True)
 WAIT = {"backoff_s": 0.0, "backoff_limit_s": 0.0}
@@ -57,23 +57,6 @@ def reap(database):
         with database.write() as session:
             repository.reap_unit(session, unit_id, **WAIT)
     return expired
-
-
-def in_threads(n, work):
-    results = []
-    barrier = threading.Barrier(n)
-
-    def run(i):
-        barrier.wait()
-        results.append(work(i))
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == n
-    return results
 
 
 def test_job_goes_from_queued_to_succeeded(database, hand):
@@ -465,40 +448,6 @@ def test_list_refuses_an_unknown_cursor(database):
     with database.read() as session, pytest.raises(RequestInvalid) as refusal:
         repository.list_jobs(session, JobFilter(), limit=3, after="job_unknown")
     assert refusal.value.errors[0].pointer == "query/after"
-
-
-def test_urgent_units_go_first_then_the_oldest(database, hand):
-    low, first, second, high = (hand.insert(priority=p).id for p in (1, 5, 5, 9))
-    with database.read() as session:
-        owners = dict(session.execute(select(Unit.id, Unit.job_id)).all())
-    assert [owners[unit_id] for unit_id in hand.due()] == [high, first, second, low]
-
-
-def test_sent_unit_is_due_again_only_after_a_while(hand):
-    hand.insert()
-    assert len(hand.due(redispatch_s=30)) == 1
-    assert hand.due(redispatch_s=30) == []
-    assert len(hand.due(redispatch_s=-1)) == 1
-
-
-def test_two_dispatchers_take_different_units(database, hand):
-    for _ in range(8):
-        hand.insert()
-    taken = in_threads(4, lambda _: hand.due(limit=2, redispatch_s=30))
-    flat = [unit_id for unit_ids in taken for unit_id in unit_ids]
-    assert len(flat) == len(set(flat))
-
-
-def test_unit_the_broker_refused_is_due_again(database, hand):
-    hand.insert()
-    with database.write() as session:
-        (message,) = repository.take_due(session, limit=5, redispatch_s=30)
-    with database.write() as session:
-        repository.give_back(session, replace(message, dispatch_seq=message.dispatch_seq - 1))
-    assert hand.due(redispatch_s=30) == []  # another dispatcher has sent it since
-    with database.write() as session:
-        repository.give_back(session, message)
-    assert len(hand.due(redispatch_s=30)) == 1
 
 
 def test_lease_has_one_holder(database):

@@ -171,3 +171,10 @@ def test_a_database_that_does_not_answer_is_unavailable(reach):
     with pytest.raises(Unavailable, match="the database does not answer: connection failed"):
         reach(database)
     database.close()
+
+
+def test_jobs_from_before_owners_are_one_owners(database, hand):
+    job = hand.insert(owner="a")
+    downgrade(database, "0007")
+    migrate(database)
+    assert hand.get(job).owner == "default"
