@@ -98,6 +98,20 @@ def test_folders_are_looked_through_at_the_start_and_then_seldom(
     assert kept == [[], [job.id], []]
 
 
+def test_events_of_old_jobs_go_at_the_start(foreman: Foreman, workplace: Workplace, source: Path) -> None:
+    old, lately = foreman.submit(source), foreman.submit(source)
+    foreman.cancel(old)
+    foreman.cancel(lately)
+    with workplace.database.write() as session:
+        long_ago = repository.now(session) - timedelta(seconds=workplace.settings.events_kept_s + 1)
+        session.execute(update(Job).where(Job.id == old.id).values(finished_at=long_ago))
+    Housekeeper(workplace, "worker@here").keep()
+    with workplace.database.read() as session:
+        kept = [[event.type for event in repository.list_events(session, job.id)] for job in (old, lately)]
+    assert kept[0] == ["done"]
+    assert len(kept[1]) > 1
+
+
 def test_what_a_crash_leaves_of_a_job_that_ended_goes_with_the_next_round(
     foreman: Foreman, workplace: Workplace, source: Path
 ) -> None:
