@@ -126,7 +126,7 @@ def _draw(dice: random.Random, number: int, hub: Iterator[Trouble], strikes: Ite
     elif _is_at(troubles, "earlier manifest"):
         target = "overwrite"
     profiled = any(isinstance(trouble, Strike) and trouble.moment == "profiling" for trouble in troubles)
-    energy = "analytic" if profiled or dice.random() < 0.15 else "none"
+    energy = dice.choices(("none", "analytic", "synthetic"), (0, 1, 1) if profiled else (7, 1, 2))[0]
     return Draw(number, target, dice.random() < 0.2, energy, dice.random() < 0.7, troubles)
 
 

@@ -85,7 +85,7 @@ def make_subject(draw: Draw, folder: Path, hub: FakeHub) -> Subject:
     """Its source at the Hub, its target as it is to be found, and what the library makes of it."""
     source, target = f"team-a/source-{draw.name}", f"team-b/result-{draw.name}"
     recipes = [{**recipe, "energy": draw.energy} for recipe in ([ONE, OTHER] if draw.several else [ONE])]
-    checkpoint = save_llama(folder / "sources" / draw.name, layers=1, n_shards=2, seed=draw.number)
+    checkpoint = save_llama(folder / "sources" / draw.name, layers=3, n_shards=3, seed=draw.number)
     made = _made(checkpoint, folder / "made" / draw.name, [Recipe(**recipe) for recipe in recipes])
     hub.add_repo(source, checkpoint)
     if draw.target == "overwrite":

@@ -7,7 +7,7 @@ import pytest
 from tests.acceptance.chaos.draws import KINDS, PHASES, POINTS, STEPS, VICTIMS, HubTrouble, Strike, draw_jobs
 from tests.acceptance.chaos.report import run_chaos
 
-SEED = 382  # kills of every kind of process, a cancel, faults before and after their effect, every kind of target
+SEED = 122  # kills of every kind of process, a cancel, faults before and after their effect, every kind of target and of energy
 
 
 @pytest.mark.timeout(900)
