@@ -26,7 +26,15 @@ from hqq_core.results import HeldPart, Manifest, ShardResult
 from hqq_core.safetensors_file import artifact_of
 from hqq_core.weighting import Weighting
 from service.common import outbox, repository
-from service.common.errors import LeaseLost, ResultDamaged, ServiceError, Unavailable, describe, is_final
+from service.common.errors import (
+    LeaseLost,
+    ResultDamaged,
+    ServiceError,
+    StorageReadOnly,
+    Unavailable,
+    describe,
+    is_final,
+)
 from service.common.events import log_data
 from service.common.models import Job
 from service.common.repository import Claim, ShardWork
@@ -103,6 +111,8 @@ def _stopped(workplace: Workplace, claim: Claim, why: Stop | None) -> Job:
 def _failed(workplace: Workplace, claim: Claim, error: Exception) -> Job:
     if isinstance(error, OSError) and error.errno in FULL:
         error = StorageFullError(f"no room left for the result: {error.strerror}")
+    elif isinstance(error, OSError) and error.errno == errno.EROFS:
+        error = StorageReadOnly("the data directory cannot be written to")
     final = is_final(error)
     # what the user can mend needs no trace
     logger.error(

@@ -66,6 +66,7 @@ def _ping_broker(service: Service) -> str:
 
 
 def _check_disk(service: Service) -> str:
+    service.store.check_writable()
     free, kept = service.store.free_nbytes(), service.settings.min_free_nbytes
     if free < kept:
         raise ServiceError(f"{free} bytes free, {kept} kept in reserve")

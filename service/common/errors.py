@@ -210,6 +210,13 @@ class ResultDamaged(ServiceError):
     retryable = True
 
 
+class StorageReadOnly(ServiceError):
+    """Not for good: a file system that met an error is mounted so until somebody looks."""
+
+    code = "storage_read_only"
+    retryable = True
+
+
 class WorkerLost(ServiceError):
     code = "worker_lost"
     retryable = True

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hqq_core.errors import StorageFullError
+from service.common.errors import StorageReadOnly
 from service.common.models import JOB_ID
 
 CHECKS_VERSION = 1
@@ -105,8 +106,16 @@ class ArtifactStore:
             yield from (path.name for path in self.root.iterdir() if JOB_ID.fullmatch(path.name))
 
     def free_nbytes(self) -> int:
-        folder = next(path for path in (self.root, *self.root.parents) if path.is_dir())
-        return shutil.disk_usage(folder).free
+        return shutil.disk_usage(self._existing).free
+
+    def check_writable(self) -> None:
+        """StorageReadOnly where nothing can be written."""
+        if not os.access(self._existing, os.W_OK):
+            raise StorageReadOnly("the data directory cannot be written to")
+
+    @property
+    def _existing(self) -> Path:
+        return next(path for path in (self.root, *self.root.parents) if path.is_dir())
 
     def check_room(self, nbytes: int, *, reserve_nbytes: int) -> None:
         """StorageFullError unless nbytes fit and leave the reserve free."""

@@ -16,6 +16,7 @@ from service.common.queue import Broker
 from service.common.settings import Settings
 from service.common.status import JobStatus, Phase, UnitKind, UnitStatus
 from tests.checkpoints import folder_bytes, jobless_bytes
+from tests.mounts import read_only
 from tests.worker.conftest import RECIPE, Foreman
 from worker.heartbeat import Heartbeat
 from worker.steps import STEPS, run_unit
@@ -181,6 +182,21 @@ def test_no_room_is_said_before_anything_is_written(foreman: Foreman, workplace:
     assert job.error is not None
     assert (job.error["code"], job.error["type"], job.error["retryable"]) == ("storage_full", "system", True)
     assert not workplace.store.folder(job.id).exists()
+
+
+def test_a_store_that_cannot_be_written_to_is_said_and_the_job_goes_on_after_it(
+    foreman: Foreman, workplace: Workplace, source: Path
+) -> None:
+    job = foreman.submit(source)
+    workplace.store.root.mkdir(parents=True)
+    with read_only(workplace.store.root):
+        foreman.run_next()
+    with workplace.database.read() as session:
+        told = [event.data for event in repository.list_events(session, job.id)]
+    assert told[-1]["code"] == "storage_read_only"
+    assert "the data directory cannot be written to" in told[-1]["message"]
+    foreman.run_all()
+    assert foreman.get(job).status == JobStatus.SUCCEEDED
 
 
 def test_work_goes_on_without_a_broker(

@@ -3,6 +3,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.common import repository
 from service.common.schema import downgrade
+from tests.mounts import read_only
 
 
 def test_alive_without_anything_else(api, migrated):
@@ -31,6 +32,16 @@ def test_each_missing_part_makes_it_unready(settings, migrated, tmp_path):
         assert response.status_code == 503
         assert response.json()["status"] == "unavailable"
         assert [key for key, check in response.json()["checks"].items() if not check["ok"]] == [name, "workers"]
+
+
+def test_a_store_that_cannot_be_written_to_makes_it_unready(api, settings):
+    store = settings.data_dir / "jobs"
+    store.mkdir(parents=True, exist_ok=True)
+    with read_only(store):
+        response = api.get("/readyz")
+    assert response.status_code == 503
+    assert response.json()["checks"]["disk"] == {"ok": False, "detail": "the data directory cannot be written to"}
+    assert api.get("/readyz").status_code == 200
 
 
 def test_database_behind_makes_it_unready(api, migrated):
