@@ -16,6 +16,7 @@ from service.common.logs import configure_logging
 from service.common.schema import check_head
 from service.common.settings import Settings
 from service.jobs import Service
+from service.news import News
 from service.schemas import Problem
 
 
@@ -27,6 +28,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = service = Service(settings)
+        app.state.news = News(service)
         try:
             check_head(service.database)
             yield

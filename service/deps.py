@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Path, Query, Request
 
 from service.jobs import Service
+from service.news import News
 from service.schemas import NoQuery
 
 MAX_WAIT_S = 60
@@ -14,6 +15,11 @@ MAX_WAIT_S = 60
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+def _news(request: Request) -> News:
+    news: News = request.app.state.news
+    return news
 
 
 def _wait_s(prefer: Annotated[str | None, Header()] = None) -> int:
@@ -26,6 +32,7 @@ def no_query(query: Annotated[NoQuery, Query()]) -> None:
     """For routes without parameters: what is not known is refused, not passed over."""
 
 
+NewsDep = Annotated[News, Depends(_news)]
 ServiceDep = Annotated[Service, Depends(_service)]
 WaitDep = Annotated[int, Depends(_wait_s)]
 JobId = Annotated[str, Path(description="`job_...`", examples=["job_01K8Z3V4TQ8M3W1B0G6C2N9R5A"])]

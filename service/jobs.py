@@ -180,6 +180,12 @@ def events(service: Service, job_id: str, *, after: int, limit: int) -> list[Eve
         return repository.list_events(session, job_id, after=after, limit=limit)
 
 
+def event_seqs(service: Service, job_ids: list[str]) -> dict[str, int]:
+    """By job, the number of its last event."""
+    with service.database.read() as session:
+        return repository.event_seqs(session, job_ids)
+
+
 def artifacts(service: Service, job_id: str) -> list[Artifact]:
     """What the job made; nothing until all of it was verified."""
     result = get(service, job_id).result

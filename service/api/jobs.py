@@ -15,8 +15,9 @@ from service.api.events import frames
 from service.api.pages import add_links
 from service.api.problems import responses
 from service.common.models import Job
-from service.deps import IdempotencyKey, JobId, ServiceDep, WaitDep, no_query
+from service.deps import IdempotencyKey, JobId, NewsDep, ServiceDep, WaitDep, no_query
 from service.jobs import Answer, Service
+from service.news import News
 from service.schemas import (
     ArtifactList,
     EventBody,
@@ -123,6 +124,7 @@ def retry_job(job_id: JobId, response: Response, service: ServiceDep, body: JobR
 def list_events(
     job_id: JobId,
     service: ServiceDep,
+    news: NewsDep,
     query: Annotated[EventQuery, Query()],
     accept: Annotated[str, Header()] = "*/*",
     last_event_id: Annotated[int | None, Header(ge=0, lt=2**63)] = None,
@@ -130,7 +132,7 @@ def list_events(
     """Events after a sequence number, as a list or, with `Accept: text/event-stream`, as they come."""
     if "text/event-stream" in accept:
         seen = next((seq for seq in (last_event_id, query.last_event_id) if seq is not None), query.after)
-        return _stream(service, job_id, seen)
+        return _stream(service, news, job_id, seen)
     found = jobs.events(service, job_id, after=query.after, limit=query.limit + 1)
     data = [EventBody.model_validate(event) for event in found[: query.limit]]
     return EventList(data=data, has_more=len(found) > query.limit)
@@ -187,12 +189,12 @@ def _answered(answer: Answer) -> Response:
     return JSONResponse(answer.body, status_code=answer.status_code, headers=headers)
 
 
-def _stream(service: Service, job_id: str, seen: int) -> Response:
+def _stream(service: Service, news: News, job_id: str, seen: int) -> Response:
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     job = jobs.get(service, job_id)
     if job.is_terminal and seen >= job.event_seq:
         return Response(status_code=204, headers=headers)  # an EventSource comes back on anything else
-    return EventSourceResponse(frames(service, job_id, seen), headers=headers)
+    return EventSourceResponse(frames(service, news, job_id, seen), headers=headers)
 
 
 def _names(if_none_match: str | None, tag: str) -> bool:

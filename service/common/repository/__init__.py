@@ -7,7 +7,7 @@ of one job go one after the other, two of them never wait for each other, and wh
 from service.common.repository.claims import Claim, claim_unit, renew_lease
 from service.common.repository.clock import now, ping
 from service.common.repository.dispatch import Message, give_back, take_due
-from service.common.repository.events import append_event, list_events
+from service.common.repository.events import append_event, event_seqs, list_events
 from service.common.repository.expiry import expire_units, expired_units, purge, purge_events
 from service.common.repository.failures import reap_unit, unit_failed
 from service.common.repository.idempotency import find_idempotency, insert_idempotency, settle_idempotency
@@ -59,6 +59,7 @@ __all__ = [
     "discarded_jobs",
     "drop_lease",
     "ended_lately",
+    "event_seqs",
     "expire_units",
     "expired_units",
     "find_idempotency",

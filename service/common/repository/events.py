@@ -1,5 +1,6 @@
 """The events of a job, numbered without a gap."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,6 +10,8 @@ from sqlalchemy.orm import Session
 from service.common.events import EventType
 from service.common.models import Event, Job
 from service.common.repository.clock import now
+
+JOBS_AT_ONCE = 1000  # in one query
 
 
 def append_event(
@@ -27,3 +30,12 @@ def append_event(
 def list_events(session: Session, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
     query = select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
     return list(session.scalars(query))
+
+
+def event_seqs(session: Session, job_ids: Sequence[str]) -> dict[str, int]:
+    """By job, the number of its last event."""
+    found: dict[str, int] = {}
+    for start in range(0, len(job_ids), JOBS_AT_ONCE):
+        query = select(Job.id, Job.event_seq).where(Job.id.in_(job_ids[start : start + JOBS_AT_ONCE]))
+        found.update((row.id, row.event_seq) for row in session.execute(query))
+    return found
