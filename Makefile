@@ -1,11 +1,13 @@
-# Seven words. Each makes .venv on first use; nothing but Python 3.11+ and make must be there before.
+# A few words. Each makes .venv on first use; nothing but Python 3.11+ and make must be there before.
 PYTHON ?= python3
+JOBS ?= 200
+SEED ?= 5
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check fix test test-all bench interop up install
+.PHONY: demo check fix test test-all chaos bench interop up install
 
 demo: install                ## the main job: a real model through the HTTP API, checked and shown
 	$(BIN)/python -m tests.demo
@@ -27,6 +29,9 @@ test: install                ## the tests: real servers, real loaders, a real mo
 test-all: install            ## with many more random cases
 	.ci/servers
 	HYPOTHESIS_PROFILE=ci $(PYTEST)
+
+chaos: install               ## kills, faults and sleep for 200 jobs, by a seed; half an hour
+	$(BIN)/python -m tests.acceptance.chaos --jobs $(JOBS) --seed $(SEED)
 
 bench: install               ## measured ratios, both sides in one run; models as a whole: tests/benchmarks/study.py (hours)
 	$(BIN)/python -m tests.benchmarks.solver

@@ -8,6 +8,7 @@ from typing import Any, Literal
 PHASES = ("preflight", "profiling", "quantizing", "verifying", "uploading")
 STEPS = ("download", "look", "preupload", "object", "before the commit", "after the commit")
 VICTIMS = ("worker", "pool child", "hub child", "api", "broker", "broker and all it holds")
+SLEEPERS = {"worker asleep": 12.0, "api asleep": 3.0, "broker asleep": 5.0}  # seconds; a lease is of 8
 
 FINAL = {"401": 401, "403": 403, "404": 404}  # a Hub that says so is believed
 KINDS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ class HubTrouble:
 class Strike:
     """Something that is done to a job, or to what works on it, at a moment: a phase that begins, or a step it is in."""
 
-    what: str  # one of VICTIMS, "cancel", "messages again"
+    what: str  # one of VICTIMS or SLEEPERS, "cancel", "messages again"
     moment: str
 
     def __str__(self) -> str:
@@ -150,7 +151,7 @@ def _hub_troubles() -> list[Trouble]:
 
 
 def _strikes() -> list[Trouble]:
-    killed = [Strike(victim, moment) for victim in VICTIMS for moment in (*PHASES, *STEPS)]
+    killed = [Strike(victim, moment) for victim in (*VICTIMS, *SLEEPERS) for moment in (*PHASES, *STEPS)]
     told = [Strike(what, moment) for what in ("cancel", "messages again") for moment in (*PHASES, *STEPS)]
     return [*killed, *told]
 

@@ -56,6 +56,14 @@ class Processes:
         self._running[name].kill()
         self._running[name].wait()
 
+    def put_to_sleep(self, name: str) -> list[int]:
+        """SIGSTOP to a process and all that it started; who sleeps now."""
+        children, asleep = _children(), [self._running[name].pid]
+        for pid in asleep:
+            kill(pid, signal.SIGSTOP)
+            asleep += children[pid]
+        return asleep
+
     def empty_broker(self) -> None:
         """Killed, and its log is gone."""
         self.kill("broker")

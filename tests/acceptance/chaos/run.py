@@ -1,5 +1,6 @@
 """The run: jobs are submitted, their troubles happen at their moments, until all of them have come to an end."""
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from service.common.queue import Broker
 from service.common.session import Database
 from service.common.settings import Settings
 from service.common.status import TERMINAL, UnitStatus
-from tests.acceptance.chaos.draws import PHASES, STEPS, Strike, draw_jobs
+from tests.acceptance.chaos.draws import PHASES, SLEEPERS, STEPS, Strike, draw_jobs
 from tests.acceptance.chaos.processes import WORKERS, Processes
 from tests.acceptance.chaos.subjects import Pending, Subject, arm, make_subject
 from tests.acceptance.conftest import environment_of, free_port, kill
@@ -69,6 +70,7 @@ class Chaos:
     subjects: list[Subject]
     standings: dict[str, Standing] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
+    asleep: list[tuple[float, list[int]]] = field(default_factory=list)  # until when, and who
     leaks: list[str] = field(default_factory=list)
 
     @property
@@ -77,10 +79,17 @@ class Chaos:
 
     def run(self, patience_s: float) -> None:
         """Until all jobs have ended; TimeoutError where for so long nothing moves."""
+        try:
+            self._run(patience_s)
+        finally:
+            self._wake(time.monotonic() + max(SLEEPERS.values()))
+
+    def _run(self, patience_s: float) -> None:
         waiting, before = list(self.subjects), 0
         moved_at = looked_at = time.monotonic()
         while waiting or not all(self._standing(subject).over for subject in self.subjects):
             self.processes.keep_up()
+            self._wake(time.monotonic())
             self._look()
             if time.monotonic() - looked_at > TOKEN_LOOK_S:
                 looked_at = time.monotonic()
@@ -155,6 +164,10 @@ class Chaos:
                 struck = self._do(self.processes.kill, "broker")
             case "broker and all it holds":
                 struck = self._do(self.processes.empty_broker)
+            case "worker asleep":
+                struck = self._put_to_sleep(strike.what, self._worker_of(subject))
+            case "api asleep" | "broker asleep":
+                struck = self._put_to_sleep(strike.what, strike.what.partition(" ")[0])
             case victim:
                 struck = self._kill_at(victim, self._worker_of(subject))
         if struck:
@@ -165,6 +178,18 @@ class Chaos:
     def _do(self, deed: Callable[..., None], *arguments: Any) -> bool:
         deed(*arguments)
         return True
+
+    def _put_to_sleep(self, what: str, name: str) -> bool:
+        self.asleep.append((time.monotonic() + SLEEPERS[what], self.processes.put_to_sleep(name)))
+        return True
+
+    def _wake(self, at: float) -> None:
+        """Who has slept long enough; those that were killed meanwhile do not mind."""
+        for until, pids in list(self.asleep):
+            if until <= at:
+                self.asleep.remove((until, pids))
+                for pid in pids:
+                    kill(pid, signal.SIGCONT)
 
     def _kill_at(self, victim: str, worker: str) -> bool:
         if victim == "worker":
