@@ -14,10 +14,8 @@ from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec
 
 WIDTHS = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}  # low and high, in bits
-_VALUES, _DOWN = (
-    ("v_proj", "v_a_proj", "v_b_proj"),
-    ("down_proj", ".w2"),
-)  # parts of names; w2 is Mixtral's down projection
+_VALUES = ("v_proj", "v_a_proj", "v_b_proj")  # parts of names
+_DOWN = ("down_proj", ".w2")  # w2 is Mixtral's
 
 
 @dataclass(frozen=True, slots=True)
