@@ -3,13 +3,15 @@
 import asyncio
 from dataclasses import dataclass, field
 
+import structlog
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.exc import SQLAlchemyError
 
 from service import jobs
 from service.jobs import Service
 
 POLL_S = 0.25
+
+logger = structlog.get_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -58,5 +60,6 @@ class News:
         """The last event of each job; None where the database cannot say, which each stream then finds out for itself."""
         try:
             return jobs.event_seqs(self._service, job_ids)
-        except SQLAlchemyError:
+        except Exception as error:  # whatever it is, others wait for this look
+            logger.warning("No news.", action="look_failed", reason=str(error))
             return None

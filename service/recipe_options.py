@@ -61,8 +61,8 @@ def fields_of(recipes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _types(name: dict[str, Any], names: list[dict[str, Any]], types: list[str] | None) -> list[dict[str, Any]]:
     """The types that are meant for one of several formats: not those of another one among them."""
-    homes = {each: {"format": "mlx" if each.startswith("mixed_") else "gguf"} for each in types or ()}
-    return [{"type": each} for each, home in homes.items() if home == name or home not in names] or [{}]
+    homes = [(each, {"format": "mlx" if each.startswith("mixed_") else "gguf"}) for each in types or ()]
+    return [{"type": each} for each, home in homes if home == name or home not in names] or [{}]
 
 
 def _integer(text: str) -> int:

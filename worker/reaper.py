@@ -16,7 +16,7 @@ SWEEP_S = 3600.0
 # Rounds: whoever ends a job removes its files, but for a crash between the two, and for what the API leaves.
 LATELY = 12
 FOLDERS_AT_ONCE = 500  # in one query
-EVENTS_AT_ONCE = 500
+JOBS_AT_ONCE = 50  # whose events are dropped in one round
 
 logger = structlog.get_logger(__name__)
 
@@ -31,6 +31,7 @@ class Housekeeper(threading.Thread):
         self._over = threading.Event()
         self._lease_s = 4 * workplace.settings.housekeeping_s
         self._swept_at: float | None = None
+        self._dropping = False  # events, some in each round
 
     def run(self) -> None:
         while True:
@@ -58,6 +59,7 @@ class Housekeeper(threading.Thread):
         if reaping:
             reap(self._workplace)
             self._sweep()
+            self._dropping = self._dropping and drop_events(self._workplace)
             with self._workplace.database.write() as session:
                 repository.purge(session)
         outbox.dispatch(self._workplace.database, self._workplace.broker, self._workplace.settings)
@@ -67,7 +69,7 @@ class Housekeeper(threading.Thread):
         if self._swept_at is None or time.monotonic() - self._swept_at >= SWEEP_S:
             discard_files(self._workplace, list(self._workplace.store.job_ids()))
             self._workplace.cache.sweep()
-            drop_events(self._workplace)
+            self._dropping = True
             self._swept_at = time.monotonic()
             return
         with self._workplace.database.read() as session:
@@ -75,12 +77,15 @@ class Housekeeper(threading.Thread):
         discard_files(self._workplace, [job_id for job_id in ended if self._workplace.store.folder(job_id).is_dir()])
 
 
-def drop_events(workplace: Workplace) -> None:
-    """Drop events that are kept no longer, a few at a time: others write in between."""
-    dropped = EVENTS_AT_ONCE
-    while dropped == EVENTS_AT_ONCE:
+def drop_events(workplace: Workplace) -> bool:
+    """Drop events of some jobs that are kept no longer; whether there may be more."""
+    kept_s = workplace.settings.events_kept_s
+    with workplace.database.read() as session:
+        job_ids = repository.jobs_with_old_events(session, kept_s=kept_s, limit=JOBS_AT_ONCE)
+    for job_id in job_ids:  # others write in between
         with workplace.database.write() as session:
-            dropped = repository.purge_events(session, kept_s=workplace.settings.events_kept_s, limit=EVENTS_AT_ONCE)
+            repository.drop_old_events(session, job_id, kept_s=kept_s)
+    return len(job_ids) == JOBS_AT_ONCE
 
 
 def reap(workplace: Workplace) -> None:

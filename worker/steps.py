@@ -52,6 +52,7 @@ from worker.verification import checking_ahead, held_before, verification
 from worker.workplace import Workplace
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 ENERGIES_DAMAGED = "the job's input energies are damaged or gone"
 
 logger = structlog.get_logger(__name__)
@@ -111,8 +112,8 @@ def _stopped(workplace: Workplace, claim: Claim, why: Stop | None) -> Job:
 def _failed(workplace: Workplace, claim: Claim, error: Exception) -> Job:
     if isinstance(error, OSError) and error.errno in FULL:
         error = StorageFullError(f"no room left for the result: {error.strerror}")
-    elif isinstance(error, OSError) and error.errno == errno.EROFS:
-        error = StorageReadOnly("the data directory cannot be written to")
+    elif isinstance(error, OSError) and error.errno in CLOSED:
+        error = _closed_store(workplace) or error
     final = is_final(error)
     # what the user can mend needs no trace
     logger.error(
@@ -129,6 +130,15 @@ def _failed(workplace: Workplace, claim: Claim, error: Exception) -> Job:
             backoff_limit_s=settings.backoff_limit_s,
             retry_after_s=error.retry_after_s if isinstance(error, ServiceError) else None,
         )
+
+
+def _closed_store(workplace: Workplace) -> StorageReadOnly | None:
+    """What is to be said where it is the data directory that was refused."""
+    try:
+        workplace.store.check_writable()
+    except StorageReadOnly as error:
+        return error
+    return None
 
 
 def plan_job(workplace: Workplace, claim: Claim, heartbeat: Heartbeat) -> Job:

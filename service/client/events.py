@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job; `seq` counts without gaps."""
+    """Something that happened to a job; `seq` counts without gaps, but for old ones that were dropped."""
 
     seq: int
     type: str

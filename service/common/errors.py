@@ -30,6 +30,7 @@ ServiceError
 ├── NotMigrated              503 database_not_migrated
 ├── StaleJob                 409 another writer changed the job first (retryable)
 ├── ResultDamaged        500 what was written is not what was solved (system, retryable)
+├── StorageReadOnly      500 the data directory cannot be written to (system, retryable)
 ├── WorkerLost               500 the worker of a unit died too often (system, retryable)
 └── LeaseLost                500 the unit is no longer ours: stop, write nothing
 """

@@ -183,6 +183,15 @@ class Outbox(Base):
     dispatched_at: Mapped[datetime | None]
 
 
+class Turn(Base):
+    """When an owner last had its turn."""
+
+    __tablename__ = "turns"
+
+    owner: Mapped[str] = mapped_column(String(64), primary_key=True)
+    served_at: Mapped[datetime]
+
+
 class Event(Base):
     __tablename__ = "events"
 

@@ -6,6 +6,7 @@ Most matrices get the low width; values and down projections of some layers, and
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from hqq_core.spec import QuantSpec
 
 WIDTHS = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}  # low and high, in bits
 _VALUES = ("v_proj", "v_a_proj", "v_b_proj")  # parts of names
-_DOWN = ("down_proj", ".w2")  # w2 is Mixtral's
+_DOWN = re.compile(r"down_proj|\.experts\.\d+\.w2\b")  # the latter is Mixtral's
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Mix:
 
     def nbits(self, module: str) -> int:
         """The width of a module's weight, by its name in the source."""
-        some = any(part in module for part in (*_VALUES, *_DOWN)) and self._more_bits(_layer(module))
+        told_apart = _DOWN.search(module) or any(part in module for part in _VALUES)
+        some = told_apart and self._more_bits(_layer(module))
         return self.high if some or "lm_head" in module else self.low
 
     def _more_bits(self, layer: int) -> bool:
@@ -46,7 +48,7 @@ class Mix:
 
 def mixable(modules: Iterable[str]) -> bool:
     """Whether a model has the projections that a mix tells apart; mlx-lm wants them too."""
-    return any(part in module for module in modules for part in _DOWN)
+    return any(_DOWN.search(module) for module in modules)
 
 
 class Mixes(Capabilities):

@@ -8,7 +8,7 @@ from service.common.repository.claims import Claim, claim_unit, renew_lease
 from service.common.repository.clock import now, ping
 from service.common.repository.dispatch import Message, give_back, take_due
 from service.common.repository.events import append_event, event_seqs, list_events
-from service.common.repository.expiry import expire_units, expired_units, purge, purge_events
+from service.common.repository.expiry import drop_old_events, expire_units, expired_units, jobs_with_old_events, purge
 from service.common.repository.failures import reap_unit, unit_failed
 from service.common.repository.idempotency import find_idempotency, insert_idempotency, settle_idempotency
 from service.common.repository.jobs import cancel_job, discarded_jobs, ended_lately, get_job, insert_job, retry_upload
@@ -58,6 +58,7 @@ __all__ = [
     "delete_watch",
     "discarded_jobs",
     "drop_lease",
+    "drop_old_events",
     "ended_lately",
     "event_seqs",
     "expire_units",
@@ -71,6 +72,7 @@ __all__ = [
     "insert_idempotency",
     "insert_job",
     "insert_watch",
+    "jobs_with_old_events",
     "list_events",
     "list_jobs",
     "list_watches",
@@ -80,7 +82,6 @@ __all__ = [
     "plan_succeeded",
     "profile_succeeded",
     "purge",
-    "purge_events",
     "push_succeeded",
     "queued_shards",
     "reap_unit",

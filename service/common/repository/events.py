@@ -1,4 +1,4 @@
-"""The events of a job, numbered without a gap."""
+"""The events of a job, numbered without a gap; old ones are dropped (expiry.py)."""
 
 from collections.abc import Sequence
 from datetime import datetime

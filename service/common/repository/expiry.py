@@ -2,13 +2,15 @@
 
 from datetime import timedelta
 
-from sqlalchemy import delete, select, tuple_, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from service.common.events import EventType
-from service.common.models import Event, IdempotencyRecord, Job, Lease, Unit
+from service.common.models import Event, IdempotencyRecord, Job, Lease, Turn, Unit
 from service.common.repository.clock import now
 from service.common.status import UnitStatus
+
+TURNS_KEPT = timedelta(days=1)
 
 
 def expired_units(session: Session, *, limit: int = 100) -> list[str]:
@@ -27,21 +29,23 @@ def expire_units(session: Session, owner: str) -> None:
 
 
 def purge(session: Session) -> None:
-    """Drop what has run out: idempotency records and leases."""
+    """Drop what has run out: idempotency records, leases, and turns of owners who have long had none."""
     at = now(session)
     session.execute(delete(IdempotencyRecord).where(IdempotencyRecord.expires_at <= at))
     session.execute(delete(Lease).where(Lease.expires_at <= at))
+    session.execute(delete(Turn).where(Turn.served_at <= at - TURNS_KEPT))
 
 
-def purge_events(session: Session, *, kept_s: float, limit: int) -> int:
-    """Drop some events of jobs that ended that long ago; how many. The last one stays, and how a job ended."""
-    old = (
-        select(Event.job_id, Event.seq)
-        .join(Job, Job.id == Event.job_id)
-        .where(Job.finished_at < now(session) - timedelta(seconds=kept_s))
-        .where(Event.type != EventType.DONE, Event.seq < Job.event_seq)
-        .limit(limit)
-    )
-    found = [tuple(row) for row in session.execute(old)]
-    session.execute(delete(Event).where(tuple_(Event.job_id, Event.seq).in_(found)))
-    return len(found)
+def jobs_with_old_events(session: Session, *, kept_s: float, limit: int) -> list[str]:
+    """Some of the jobs that ended that long ago and have more events than `drop_old_events` leaves."""
+    more = select(Event.seq).where(Event.job_id == Job.id, Event.seq < Job.event_seq, Event.type != EventType.DONE)
+    ended = now(session) - timedelta(seconds=kept_s)
+    return list(session.scalars(select(Job.id).where(Job.finished_at < ended, more.exists()).limit(limit)))
+
+
+def drop_old_events(session: Session, job_id: str, *, kept_s: float) -> None:
+    """Of a job that ended that long ago, all events but the last, and those that say how it ended."""
+    ended = now(session) - timedelta(seconds=kept_s)
+    last = session.scalar(select(Job.event_seq).where(Job.id == job_id, Job.finished_at < ended))
+    if last is not None:
+        session.execute(delete(Event).where(Event.job_id == job_id, Event.seq < last, Event.type != EventType.DONE))

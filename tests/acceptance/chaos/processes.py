@@ -58,10 +58,10 @@ class Processes:
 
     def put_to_sleep(self, name: str) -> list[int]:
         """SIGSTOP to a process and all that it started; who sleeps now."""
-        children, asleep = _children(), [self._running[name].pid]
+        asleep = [self._running[name].pid]
         for pid in asleep:
             kill(pid, signal.SIGSTOP)
-            asleep += children[pid]
+            asleep += _children().get(pid, ())  # who sleeps starts no more
         return asleep
 
     def empty_broker(self) -> None:

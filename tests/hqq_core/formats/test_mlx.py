@@ -9,7 +9,7 @@ import torch
 from hqq_core import Checkpoint, Recipe, build_plan, quantize, quantize_checkpoint, verify_folder
 from hqq_core.errors import FormatError, VerificationError
 from hqq_core.formats import FORMATS, check_recipe
-from hqq_core.formats.mlx.mixes import WIDTHS
+from hqq_core.formats.mlx.mixes import WIDTHS, Mix, mixable
 from hqq_core.outputs import output_folders
 from hqq_core.results import ArtifactFile
 from hqq_core.safetensors_file import write_json
@@ -95,6 +95,13 @@ class TestMlx(WriterContract):
         build("gpt_neox").save_pretrained(tmp_path / "m")
         with pytest.raises(FormatError, match="type 'mixed_4_6': .* down_proj"):
             build_plan(Checkpoint.open(tmp_path / "m"), Recipe(format="mlx", type="mixed_4_6", group_size=32))
+
+    def test_w2_is_a_down_projection_of_experts_alone(self):
+        """Other families have it, too, and mlx-lm's rule does not know it there."""
+        mix = Mix(3, 6, 8)
+        names = ("experts.1.w2", "feed_forward.w2", "mlp.down_proj")
+        assert [mix.nbits(f"model.layers.0.{name}") for name in names] == [6, 3, 6]
+        assert not mixable(["model.layers.0.feed_forward.w2.weight"])
 
     def test_a_folder_is_named_after_its_mix(self):
         recipes = [Recipe(format="mlx"), Recipe(format="mlx", type="mixed_4_6", group_size=32)]

@@ -62,7 +62,7 @@ def test_who_has_units_at_work_waits_for_who_has_none(database, hand):
     hand.due(limit=1, redispatch_s=30)
     for owner in ("b", "b", "b", "b"):
         hand.insert(owner=owner)
-    assert owners_of(database, hand.due(redispatch_s=30)) == ["b", "b", "a", "b", "b"]
+    assert owners_of(database, hand.due(redispatch_s=30)) == ["b", "b", "b", "a", "b"]
 
 
 def test_a_turn_does_not_outdo_a_priority(database, hand):
@@ -75,3 +75,20 @@ def test_what_is_urgent_to_an_owner_takes_its_turns_first(database, hand):
     for owner, priority in (("a", 5), ("a", 9), ("b", 5)):
         hand.insert(owner=owner, priority=priority)
     assert owners_of(database, hand.due()) == ["a", "b", "a"]
+
+
+def test_with_more_owners_than_workers_each_has_its_turn(hand):
+    """An owner whose unit has ended is not first again because its jobs are older."""
+    for owner in "abcdefg":
+        for _ in range(3):
+            hand.insert(owner=owner)
+    served = [hand.fail().owner for _ in range(14)]
+    assert sorted(served[:7]) == sorted(served[7:]) == list("abcdefg")
+
+
+def test_an_owner_that_comes_later_is_served_before_those_that_were(hand):
+    for owner in "aabb":
+        hand.insert(owner=owner)
+    assert [hand.fail().owner, hand.fail().owner] == ["a", "b"]
+    hand.insert(owner="c")
+    assert [hand.fail().owner for _ in range(3)] == ["c", "a", "b"]
