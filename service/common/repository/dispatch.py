@@ -45,9 +45,8 @@ def take_due(session: Session, *, limit: int, redispatch_s: float) -> list[Messa
     ).all()
     for row, _ in found:
         row.dispatched_at, row.dispatch_seq = at, row.dispatch_seq + 1
-    for owner in sorted(
-        {owner for _, owner in found}
-    ):  # in order: of two who wait for each other's rows, none would end
+    # in order: of two dispatchers that wait for each other's rows, none would end
+    for owner in sorted({owner for _, owner in found}):
         _had_its_turn(session, owner, at)
     return [Message(row.unit_id, row.dispatch_seq) for row, _ in found]
 
