@@ -51,6 +51,8 @@ class RawPart:
 class OneFile:
     """A line of JSON, then the parts."""
 
+    block_types = False
+
     def part_name(self, number: int, total: int) -> str:
         return f"{RESULT}.part{number}"
 
