@@ -118,7 +118,7 @@ def test_a_rolling_restart_of_everything_costs_a_shard_for_each_worker_at_most(
         process.terminate()
         process.wait(20)
         distributed.started.remove(process)
-        distributed.launch(*process.args[len(process.args) - 1 :])
+        distributed.launch(process.args[-1])
         distributed.wait_ready(n_workers)
     job = distributed.wait_succeeded(job_id)
     assert job["attempt"] == 1

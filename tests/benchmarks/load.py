@@ -182,14 +182,10 @@ def seed(served: Served, waiting: int, ended: int, n_events: int) -> None:
 def timed(served: Served, n_requests: int) -> dict[str, Latencies]:
     with httpx.Client(base_url=served.url, timeout=60) as client:
         ids = [job["id"] for job in client.get("/v1/jobs", params={"limit": 10}).json()["data"]]
-        deep = ids[-1]
-        while page := client.get("/v1/jobs", params={"limit": 100, "after": deep}).json()["data"]:
-            deep = page[len(page) // 2]["id"]
-            if len(page) < 100:
-                break
+        last = client.get("/v1/jobs", params={"limit": 10, "order": "asc"}).json()["data"][-1]["id"]
         asked: dict[str, Callable[[int], httpx.Response]] = {
             "list": lambda n: client.get("/v1/jobs", params={"limit": 20}),
-            "last page": lambda n: client.get("/v1/jobs", params={"limit": 20, "after": deep}),
+            "last page": lambda n: client.get("/v1/jobs", params={"limit": 20, "after": last}),
             "get": lambda n: client.get(f"/v1/jobs/{ids[n % len(ids)]}"),
             "submit": lambda n: client.post(
                 "/v1/jobs", json={"source": {"type": "folder", "path": str(served.source)}}
@@ -217,12 +213,11 @@ async def follow(served: Served, n_followers: int) -> None:
     """Streams of as many jobs; how long an event of each takes to reach its follower, and what a `get` takes meanwhile."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=None) as client:
-        listed = [client.get("/v1/jobs", params={"limit": 100, "status": "queued"})]
-        jobs = (await listed[0]).json()["data"]
-        while len(jobs) < n_followers:
-            params = {"limit": 100, "status": "queued", "after": jobs[-1]["id"]}
-            jobs += (await client.get("/v1/jobs", params=params)).json()["data"]
-        ids = [job["id"] for job in jobs[:n_followers]]
+        ids: list[str] = []
+        while len(ids) < n_followers:
+            params = {"limit": 100, "status": "queued"} | ({"after": ids[-1]} if ids else {})
+            ids += [job["id"] for job in (await client.get("/v1/jobs", params=params)).json()["data"]]
+        del ids[n_followers:]
         opened, reached = set[str](), dict[str, float]()
         followers = [asyncio.create_task(listen(client, job_id, opened, reached)) for job_id in ids]
         while len(opened) < n_followers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hqq_core.formats.depth import more_bits
 from hqq_core.formats.gguf.blocks import BLOCK_TYPES
 from hqq_core.formats.gguf.file_types import main_type
 
@@ -67,8 +68,8 @@ class Mix:
             "Q3_K_M": "Q5_K" if layer < 2 else "Q4_K",
             "Q3_K_L": "Q5_K",
             "Q4_K_S": "Q5_K" if layer < 4 else "Q4_K",
-            "Q4_K_M": "Q6_K" if self._more_bits(layer) else "Q4_K",
-            "Q5_K_M": "Q6_K" if self._more_bits(layer) else "Q5_K",
+            "Q4_K_M": "Q6_K" if more_bits(layer, self.n_layers) else "Q4_K",
+            "Q5_K_M": "Q6_K" if more_bits(layer, self.n_layers) else "Q5_K",
         }
         return chosen.get(self.file_type, main_type(self.file_type))
 
@@ -78,15 +79,10 @@ class Mix:
             "Q3_K_M": "Q5_K" if layer < self.n_layers // 16 else "Q4_K",
             "Q3_K_L": "Q5_K",
             "Q4_K_S": "Q5_K" if layer < self.n_layers // 8 else "Q4_K",
-            "Q4_K_M": "Q6_K" if self._more_bits(layer) else "Q4_K",
-            "Q5_K_M": "Q6_K" if self._more_bits(layer) else "Q5_K",
+            "Q4_K_M": "Q6_K" if more_bits(layer, self.n_layers) else "Q4_K",
+            "Q5_K_M": "Q6_K" if more_bits(layer, self.n_layers) else "Q5_K",
         }
         return chosen.get(self.file_type, main_type(self.file_type))
-
-    def _more_bits(self, layer: int) -> bool:
-        """The first and last eighth of the layers, and every third between."""
-        eighth = self.n_layers // 8
-        return layer < eighth or layer >= 7 * self.n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _size(block_type: str) -> int:

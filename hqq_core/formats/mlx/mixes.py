@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hqq_core.formats.capabilities import Capabilities
+from hqq_core.formats.depth import more_bits
 from hqq_core.recipe import Recipe
 from hqq_core.spec import QuantSpec
 
@@ -37,13 +38,8 @@ class Mix:
     def nbits(self, module: str) -> int:
         """The width of a module's weight, by its name in the source."""
         told_apart = _DOWN.search(module) or any(part in module for part in _VALUES)
-        some = told_apart and self._more_bits(_layer(module))
+        some = told_apart and more_bits(_layer(module), self.n_layers)
         return self.high if some or "lm_head" in module else self.low
-
-    def _more_bits(self, layer: int) -> bool:
-        """The first and last eighth of the layers, and every third between."""
-        eighth = self.n_layers // 8
-        return layer < eighth or layer >= 7 * self.n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def mixable(modules: Iterable[str]) -> bool:
