@@ -1,6 +1,6 @@
 """The API with many jobs beside the API with few, submits beside a bare insert, and many followers of one process.
 
-    python -m tests.benchmarks.load [--waiting 10000] [--ended 1000] [--events 50] [--requests 300] [--followers 500]
+    python -m tests.benchmarks.load [--waiting 10000] [--ended 1000] [--events 50] [--requests 1000] [--followers 500]
 
 Real processes: `halfquad api` with uvicorn, the embedded broker, SQLite unless `--database` has a URL of an empty database. No
 worker: what is submitted waits. Requests follow each other on one connection, so times are latencies; this machine's cores serve
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=10_000)
     parser.add_argument("--ended", type=int, default=1_000)
     parser.add_argument("--events", type=int, default=50, help="of each job that ended")
-    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--followers", type=int, default=500)
     parser.add_argument("--database", help="URL; unless given, SQLite")
     asked = parser.parse_args()
@@ -184,8 +184,8 @@ def timed(served: Served, n_requests: int) -> dict[str, Latencies]:
         ids = [job["id"] for job in client.get("/v1/jobs", params={"limit": 10}).json()["data"]]
         last = client.get("/v1/jobs", params={"limit": 10, "order": "asc"}).json()["data"][-1]["id"]
         asked: dict[str, Callable[[int], httpx.Response]] = {
-            "list": lambda n: client.get("/v1/jobs", params={"limit": 20}),
-            "last page": lambda n: client.get("/v1/jobs", params={"limit": 20, "after": last}),
+            "list": lambda n: client.get("/v1/jobs", params={"limit": FEW}),
+            "last page": lambda n: client.get("/v1/jobs", params={"limit": FEW, "after": last}),
             "get": lambda n: client.get(f"/v1/jobs/{ids[n % len(ids)]}"),
             "submit": lambda n: client.post(
                 "/v1/jobs", json={"source": {"type": "folder", "path": str(served.source)}}
@@ -229,6 +229,7 @@ async def follow(served: Served, n_followers: int) -> None:
         late = Latencies([reached[job_id] - told_at[job_id] for job_id in ids])
         for follower in followers:
             follower.cancel()
+        await asyncio.gather(*followers, return_exceptions=True)
         print(
             f"{n_followers} followers: an event reaches its own after p50 {late.p50:.2f} s, p99 {late.p99:.2f} s; get {quiet}"
         )
@@ -246,7 +247,7 @@ async def listen(client: httpx.AsyncClient, job_id: str, opened: set[str], reach
 
 def getter(served: Served, ids: list[str]) -> Callable[[int], httpx.Response]:
     client = httpx.Client(base_url=served.url, timeout=60)
-    return lambda n: client.get(f"/v1/jobs/{ids[n]}")
+    return lambda n: client.get(f"/v1/jobs/{ids[n % len(ids)]}")
 
 
 def tell(database: Database, ids: list[str]) -> dict[str, float]:
